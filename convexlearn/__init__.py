@@ -1,0 +1,1 @@
+"""convexlearn: decision rules tuned from data."""

@@ -1,0 +1,1 @@
+"""From a CVXPY problem to a frozen, solver-ready program."""

@@ -1,0 +1,165 @@
+"""Program (structure), ProgramData (values), Solution and Status: what layer and solvers exchange."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended.
+
+    SOLVED: relative KKT residual <= 1e-9; INACCURATE: <= 1e-6; INFEASIBLE and UNBOUNDED come with a
+    certificate; FAILED is everything else.
+    """
+
+    SOLVED = 0
+    INACCURATE = 1
+    INFEASIBLE = 2
+    UNBOUNDED = 3
+    FAILED = 4
+
+
+SOLVED_RESIDUAL = 1e-9
+INACCURATE_RESIDUAL = 1e-6
+
+
+@dataclass(frozen=True)
+class Cones:
+    """K = {0}^zero x R+^nonneg x second-order cones x PSD cones x exponential cones x power cones.
+
+    Rows come in this order. A PSD cone of order k is stored as the lower triangle in column-major
+    order, off-diagonal entries scaled by sqrt 2 (SCS's convention); an exponential cone is
+    closure{(x, y, z): y exp(x/y) <= z, y > 0}.
+    """
+
+    zero: int = 0
+    nonneg: int = 0
+    soc: tuple[int, ...] = ()
+    psd: tuple[int, ...] = ()
+    exp: int = 0
+    power: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        psd = sum(k * (k + 1) // 2 for k in self.psd)
+        return self.zero + self.nonneg + sum(self.soc) + psd + 3 * self.exp + 3 * len(self.power)
+
+    @property
+    def polyhedral(self) -> bool:
+        """True when only the zero cone and the nonnegative orthant occur: a QP or an LP."""
+        return self.zero + self.nonneg == self.size
+
+
+@dataclass(frozen=True, eq=False)
+class Sparsity:
+    """Positions of a matrix's stored entries, sorted by column, then row (CSC order), no duplicates."""
+
+    rows: np.ndarray
+    cols: np.ndarray
+    shape: tuple[int, int]
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored entries."""
+        return len(self.rows)
+
+    @property
+    def indptr(self) -> np.ndarray:
+        """Column pointers of the CSC form."""
+        return np.searchsorted(self.cols, np.arange(self.shape[1] + 1)).astype(np.int32)
+
+    def matrix(self, values: np.ndarray) -> sp.csc_array:
+        """The sparse matrix with these `values` (nnz,); zeros stay stored."""
+        return sp.csc_array((values, self.rows, self.indptr), shape=self.shape)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The matrices with these `values` (B, nnz) as a dense tensor (B, rows, cols)."""
+        rows, cols = (torch.as_tensor(i, device=values.device).long() for i in (self.rows, self.cols))
+        out = values.new_zeros(len(values), *self.shape)
+        out[:, rows, cols] = values
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Structure of: minimize 1/2 x'Px + q'x subject to Ax + s = b, s in K.
+
+    x: (n,), b and s: (m,). `P` stores the upper triangle only (row <= col). The dual variable
+    z: (m,) lies in K* and satisfies Px + q + A'z = 0, s'z = 0. Programs are immutable and compared
+    by identity, so solvers may key their symbolic analysis on them.
+    """
+
+    n: int
+    m: int
+    cones: Cones
+    P: Sparsity
+    A: Sparsity
+
+    def __deepcopy__(self, memo: dict) -> "Program":
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramData:
+    """Values of a program for a batch: stored entries P (B, nnz), A (B, nnz) and vectors q (B, n), b (B, m).
+
+    float64. A field that all samples share has leading dimension 1; `batch` is B. The gradient of
+    a shared field is the sum over the batch and has leading dimension 1 too.
+    """
+
+    P: Tensor
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    batch: int
+
+    FIELDS = ("P", "q", "A", "b")
+
+    def shared(self, name: str) -> bool:
+        """True when all samples share the field."""
+        return getattr(self, name).shape[0] == 1
+
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(P, q, A, b)."""
+        return self.P, self.q, self.A, self.b
+
+    def expanded(self) -> "ProgramData":
+        """The same values with every field expanded (a view) to the batch."""
+        return ProgramData(*(f.expand(self.batch, -1) for f in self.fields()), batch=self.batch)
+
+    def select(self, samples: Tensor) -> "ProgramData":
+        """The values of some samples (indices or a mask); shared fields stay shared."""
+        picked = torch.arange(self.batch, device=samples.device)[samples]
+        batch = len(picked)
+        rows = [f if len(f) == 1 and self.batch != 1 else f[picked] for f in self.fields()]
+        return ProgramData(*rows, batch=batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Solutions of a batch, with what the adjoint needs.
+
+    x: (B, n) primal, z: (B, m) dual, status: (B,) values of Status, iterations: (B,),
+    residual: (B,) relative KKT residual. `private` belongs to the solver that made it (factors,
+    active sets). Rows of samples that are not solved hold the last iterate or NaN.
+    """
+
+    program: Program
+    data: ProgramData
+    x: Tensor
+    z: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    private: Any = field(default=None, repr=False)
+
+    @property
+    def ok(self) -> Tensor:
+        """(B,) True where the sample is SOLVED or INACCURATE."""
+        return self.status <= Status.INACCURATE

@@ -1,0 +1,168 @@
+"""The contract of a solver, its options, and the optimality residuals that decide a status."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from convexlearn.errors import OptionError, check_options
+from convexlearn.program.program import (
+    INACCURATE_RESIDUAL,
+    SOLVED_RESIDUAL,
+    Program,
+    ProgramData,
+    Solution,
+    Status,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that every solver understands.
+
+    tolerance: stopping tolerance on the relative KKT residual. max_iterations: None means the
+    solver's own limit; a limit that is set explicitly returns the iterate with a warning.
+    time_limit: seconds for one call, None means none. verbose: log one line per iteration.
+    """
+
+    tolerance: float = 1e-10
+    max_iterations: int | None = None
+    time_limit: float | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise OptionError(f"tolerance must lie in (0, 1), got {self.tolerance}")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise OptionError(f"max_iterations must be at least 1, got {self.max_iterations}")
+        if self.time_limit is not None and self.time_limit <= 0:
+            raise OptionError(f"time_limit must be positive seconds, got {self.time_limit}")
+
+    def updated(self, where: str, **changes: Any) -> "Options":
+        """A copy with some options replaced; an unknown name is an OptionError."""
+        check_options(changes, (f.name for f in fields(self)), where)
+        return replace(self, **changes)
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """solve(program, data) and adjoint(solution, dx, dz); stateless, so that layers can share it.
+
+    `options` is the dataclass of options (Options or a subclass). `native_objective` tells the
+    compiler whether the solver takes a quadratic objective; otherwise the objective is linear and
+    squares become second-order cones.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[Options]]
+    native_objective: ClassVar[bool]
+
+    def supports(self, program: Program) -> str | None:
+        """None if the solver takes the program, otherwise the reason why not, as half a sentence."""
+        ...
+
+    def solve(
+        self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None
+    ) -> Solution:
+        """Solve every sample; failures are reported in `Solution.status`, never raised."""
+        ...
+
+    def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
+        """Gradients of a scalar with respect to the data, given those to x (B, n) and z (B, m).
+
+        Samples that are not ok must get zero rows; shared fields get the sum over the batch.
+        """
+        ...
+
+
+def symmetric_product(program: Program, P: Tensor, x: Tensor) -> Tensor:
+    """P x (B, n) for the symmetric P whose upper triangle has the stored entries P (1 or B, nnz)."""
+    rows, cols = _index(program.P, x.device)
+    out = torch.zeros_like(x)
+    off = (rows != cols).to(x.dtype)
+    out.index_add_(1, rows, P * x[:, cols])
+    return out.index_add_(1, cols, P * off * x[:, rows])
+
+
+def product(program: Program, A: Tensor, x: Tensor) -> Tensor:
+    """A x (B, m)."""
+    rows, cols = _index(program.A, x.device)
+    return x.new_zeros(len(x), program.m).index_add_(1, rows, A * x[:, cols])
+
+
+def transposed_product(program: Program, A: Tensor, z: Tensor) -> Tensor:
+    """A'z (B, n)."""
+    rows, cols = _index(program.A, z.device)
+    return z.new_zeros(len(z), program.n).index_add_(1, cols, A * z[:, rows])
+
+
+def _index(sparsity: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.as_tensor(i, device=device).long() for i in (sparsity.rows, sparsity.cols))
+
+
+def polyhedral_residual(program: Program, data: ProgramData, x: Tensor, z: Tensor) -> Tensor:
+    """Relative KKT residual (B,) of a QP or LP at primal x (B, n) and dual z (B, m).
+
+    The largest of: constraint violation, stationarity, dual sign, complementarity (s_i z_i, entry
+    by entry). Each is divided by 1 plus the largest magnitude of the terms it is a difference of.
+    """
+    zero = program.cones.zero
+    Ax, Px, Az = (
+        product(program, data.A, x),
+        symmetric_product(program, data.P, x),
+        transposed_product(program, data.A, z),
+    )
+    slack = data.b - Ax
+    primal = torch.cat([slack[:, :zero].abs(), (-slack[:, zero:]).clamp(min=0)], 1)
+    dual = Px + data.q + Az
+    scale_primal = 1 + _largest(Ax).maximum(_largest(data.b))
+    scale_dual = 1 + _largest(Px).maximum(_largest(data.q)).maximum(_largest(Az))
+    inequality = z[:, zero:]
+    gap = (slack[:, zero:] * inequality).abs()
+    parts = (
+        _largest(primal) / scale_primal,
+        _largest(dual) / scale_dual,
+        _largest((-inequality).clamp(min=0)) / scale_dual,
+        _largest(gap) / (scale_primal * scale_dual),
+    )
+    worst = torch.stack(parts).amax(0)
+    return torch.where(torch.isfinite(x).all(1) & torch.isfinite(z).all(1), worst, torch.inf)
+
+
+def _largest(v: Tensor) -> Tensor:
+    return v.abs().amax(1) if v.shape[1] else v.new_zeros(len(v))
+
+
+def status_from_residual(residual: Tensor) -> Tensor:
+    """SOLVED, INACCURATE or FAILED (B,) int64 by the size of the relative KKT residual."""
+    status = torch.full(residual.shape, int(Status.FAILED), device=residual.device)
+    status[residual <= INACCURATE_RESIDUAL] = Status.INACCURATE
+    status[residual <= SOLVED_RESIDUAL] = Status.SOLVED
+    return status
+
+
+def primal_infeasible(program: Program, data: ProgramData, z: Tensor, tolerance: float) -> Tensor:
+    """(B,) True where z (B, m) certifies that Ax + s = b, s >= 0 has no solution.
+
+    Farkas: z_i >= 0 on inequality rows, A'z = 0 and b'z < 0, up to `tolerance` relative to -b'z.
+    """
+    zero = program.cones.zero
+    value = -(data.b * z).sum(1)
+    error = _largest(transposed_product(program, data.A, z))
+    error = error.maximum(_largest((-z[:, zero:]).clamp(min=0)))
+    return (value > 0) & (error <= tolerance * value)
+
+
+def dual_infeasible(program: Program, data: ProgramData, x: Tensor, tolerance: float) -> Tensor:
+    """(B,) True where x (B, n) is a direction of unbounded descent.
+
+    Px = 0, Ax = 0 on equality rows, Ax <= 0 on inequality rows and q'x < 0, up to `tolerance`
+    relative to -q'x.
+    """
+    zero = program.cones.zero
+    value = -(data.q * x).sum(1)
+    Ax = product(program, data.A, x)
+    error = _largest(symmetric_product(program, data.P, x)).maximum(_largest(Ax[:, :zero]))
+    error = error.maximum(_largest(Ax[:, zero:].clamp(min=0)))
+    return (value > 0) & (error <= tolerance * value)
