@@ -91,8 +91,9 @@ class Program:
     """Structure of: minimize 1/2 x'Px + q'x subject to Ax + s = b, s in K.
 
     x: (n,), b and s: (m,). `P` stores the upper triangle only (row <= col). The dual variable
-    z: (m,) lies in K* and satisfies Px + q + A'z = 0, s'z = 0. Programs are immutable and compared
-    by identity, so solvers may key their symbolic analysis on them.
+    z: (m,) lies in K* and satisfies Px + q + A'z = 0, s'z = 0. `fixed` holds for (P, q, A, b) the
+    values that no parameter changes, NaN where they vary; None when nothing is known. Programs are
+    immutable and compared by identity, so solvers may key their symbolic analysis on them.
     """
 
     n: int
@@ -100,6 +101,7 @@ class Program:
     cones: Cones
     P: Sparsity
     A: Sparsity
+    fixed: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __deepcopy__(self, memo: dict) -> "Program":
         return self
