@@ -1,1 +1,38 @@
 """convexlearn: decision rules tuned from data."""
+
+from convexlearn import networks, objectives, simulate
+from convexlearn.domains import Domain
+from convexlearn.evaluate import Evaluation, evaluate
+from convexlearn.history import History
+from convexlearn.layer import ConvexLayer, LayerSolution
+from convexlearn.program.program import Status
+from convexlearn.rules.affine import AffineRule
+from convexlearn.rules.base import DecisionRule, as_rule
+from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.neural import NeuralRule
+from convexlearn.rules.parameters import Role
+from convexlearn.simulate.base import Simulator, Trajectory
+from convexlearn.tune import tune
+
+__version__ = "0.1.0"
+__all__ = [
+    "AffineRule",
+    "ConvexLayer",
+    "ConvexRule",
+    "DecisionRule",
+    "Domain",
+    "Evaluation",
+    "History",
+    "LayerSolution",
+    "NeuralRule",
+    "Role",
+    "Simulator",
+    "Status",
+    "Trajectory",
+    "as_rule",
+    "evaluate",
+    "networks",
+    "objectives",
+    "simulate",
+    "tune",
+]

@@ -40,6 +40,7 @@ class LayerSolution:
 
     variables: tuple of tensors (*batch, *shape), differentiable; ok and status: (*batch,);
     iterations and residual (relative KKT residual): (*batch,). `status` holds values of Status.
+    `limited` says that the caller set an iteration or time limit.
     """
 
     variables: tuple[Tensor, ...]
@@ -48,6 +49,7 @@ class LayerSolution:
     iterations: Tensor
     residual: Tensor
     solution: Solution
+    limited: bool = False
 
     def detach(self) -> "LayerSolution":
         """The same without the autograd graph, to be kept for a warm start."""
@@ -119,8 +121,8 @@ class ConvexLayer(nn.Module):
         without leading dimensions are shared by the batch. The result has their dtype and device.
         Raises ShapeError, DomainError, MissingParameterError, and SolverError by `on_failure`.
         """
-        result, limited = self._run(params, by_name, solver_args, warm_start)
-        self._judge(result, limited)
+        result = self._run(params, by_name, solver_args, warm_start)
+        self.judge(result)
         return result.variables
 
     def solve(
@@ -131,7 +133,30 @@ class ConvexLayer(nn.Module):
         **by_name: Any,
     ) -> LayerSolution:
         """As forward, with status per sample; never raises on a status (failed rows are NaN or `fallback`)."""
-        return self._run(params, by_name, solver_args, warm_start)[0]
+        return self._run(params, by_name, solver_args, warm_start)
+
+    def judge(self, result: LayerSolution) -> None:
+        """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
+        status = result.solution.status
+        if not bool((status != Status.SOLVED).any()):
+            return
+        stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & result.limited
+        failed = ~result.solution.ok & ~stopped
+        shape = result.status.shape
+        if bool(stopped.any()):
+            text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
+            warnings.warn(text, LimitWarning, stacklevel=3)
+        if bool((status == Status.INACCURATE).any()):
+            inaccurate = status == Status.INACCURATE
+            worst = float(result.solution.residual[inaccurate].max())
+            warnings.warn(
+                f"{count_text(inaccurate, shape)} solved to a relative KKT residual of {worst:.1e} only; scale the "
+                "problem's data, or try another solver",
+                InaccurateWarning,
+                stacklevel=3,
+            )
+        if bool(failed.any()) and self.on_failure == "raise" and collector() is None:
+            raise SolverError(failure_text(failed, status, shape))
 
     @property
     def solver(self) -> Solver:
@@ -169,7 +194,7 @@ class ConvexLayer(nn.Module):
 
     def _run(
         self, params: tuple, by_name: dict, solver_args: dict | None, warm_start: LayerSolution | bool
-    ) -> tuple[LayerSolution, bool]:
+    ) -> LayerSolution:
         values = self._bind(params, by_name)
         batch, batched = batch_shape(self._compiled, values)
         dtype = result_type(values)
@@ -184,17 +209,15 @@ class ConvexLayer(nn.Module):
         limited = self._explicit_limit or is_limited(solver_args or {})
         call = _Call(self, self._map(batched), batched, size, options, limited, self._warm(warm_start, size))
         raw = _Solve.apply(call, *flat)
-        variables = tuple(
-            r.to(dtype).reshape(*batch, *o.shape) for r, o in zip(raw, self._compiled.outputs)
-        )
+        variables = tuple(r.to(dtype).reshape(*batch, *o.shape) for r, o in zip(raw, self._compiled.outputs))
         s = call.solution
         result = LayerSolution(
             variables, s.ok.reshape(batch), s.status.reshape(batch), s.iterations.reshape(batch),
-            s.residual.reshape(batch), s,
+            s.residual.reshape(batch), s, limited,
         )  # fmt: skip
         if warm_start is True:
             self._last = result.detach()
-        return result, limited
+        return result
 
     def _bind(self, params: tuple, by_name: dict[str, Any]) -> list[Tensor]:
         """Arguments by position, then by name, as tensors on one device."""
@@ -227,29 +250,6 @@ class ConvexLayer(nn.Module):
         if isinstance(last, LayerSolution) and last.solution.program is self._compiled.program:
             return last.solution if len(last.solution.x) == size else None
         return None
-
-    def _judge(self, result: LayerSolution, limited: bool) -> None:
-        """Raise or warn by the statuses of a forward pass."""
-        status = result.solution.status
-        if not bool((status != Status.SOLVED).any()):
-            return
-        stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & limited
-        failed = ~result.solution.ok & ~stopped
-        shape = result.status.shape
-        if bool(stopped.any()):
-            text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
-            warnings.warn(text, LimitWarning, stacklevel=3)
-        if bool((status == Status.INACCURATE).any()):
-            inaccurate = status == Status.INACCURATE
-            worst = float(result.solution.residual[inaccurate].max())
-            warnings.warn(
-                f"{count_text(inaccurate, shape)} solved to a relative KKT residual of {worst:.1e} only; scale the "
-                "problem's data, or try another solver",
-                InaccurateWarning,
-                stacklevel=3,
-            )
-        if bool(failed.any()) and self.on_failure == "raise" and collector() is None:
-            raise SolverError(failure_text(failed, status, shape))
 
     def _filler(self, failed: Tensor, raw: list[Tensor]) -> list[Tensor]:
         """Rows of failed samples replaced by NaN, the fallback, or zeros while a simulator collects failures."""
@@ -362,9 +362,7 @@ def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, .
     raw = [torch.where(usable, r, 0.0) for r in raw]
     needed = [k for k in range(len(params)) if ctx.needs_input_grad[k + 1]]
     masked = [torch.where(usable, g, 0.0) for g in grads]
-    found = torch.autograd.grad(
-        raw, [params[k] for k in needed], masked, create_graph=True, allow_unused=True
-    )
+    found = torch.autograd.grad(raw, [params[k] for k in needed], masked, create_graph=True, allow_unused=True)
     result: list[Tensor | None] = [None] * len(params)
     for k, g in zip(needed, found):
         result[k] = g

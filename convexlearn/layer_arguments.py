@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import CompileError, DomainError, MissingParameterError, OptionError, ShapeError, suggest
+from convexlearn.errors import (
+    CompileError,
+    DomainError,
+    MissingParameterError,
+    OptionError,
+    ShapeError,
+    suggest,
+)
 from convexlearn.program.compiler import Compiled, ParameterSpec
 from convexlearn.program.program import Status
 from convexlearn.solvers.base import Options, Solver
@@ -152,11 +159,9 @@ def failure_text(failed: Tensor, status: Tensor, shape: torch.Size, most: int = 
         names.append(f"{label} is {Status(int(status[k])).name}")
     more = f", and {len(where) - most} more" if len(where) > most else ""
     return (
-        f"{count_text(failed, shape)} failed: {', '.join(names)}{more}; check their parameters, soften the constraints, "
-        "or set on_failure='nan' or 'fallback' (solve() returns the statuses)"
+        f"{count_text(failed, shape)} failed: {', '.join(names)}{more}; check their parameters, soften the "
+        "constraints, or set on_failure='nan' or 'fallback' (solve() returns the statuses)"
     )
-
-
 
 
 def check_value(spec: ParameterSpec, value: Tensor) -> None:
@@ -165,8 +170,6 @@ def check_value(spec: ParameterSpec, value: Tensor) -> None:
         where = torch.nonzero(~torch.isfinite(value))[0].tolist()
         leading = where[: value.dim() - len(spec.shape)]
         element = f" in batch element {leading[0] if len(leading) == 1 else tuple(leading)}" if leading else ""
-        raise DomainError(
-            f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}"
-        )
+        raise DomainError(f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}")
     if spec.domain.words and spec.domain.structure != "symmetric":
         spec.domain.check(spec.name, value)

@@ -8,6 +8,8 @@ import numpy as np
 import scipy.sparse as sp
 from cvxpy.constraints import PSD, SOC, ExpCone, NonNeg, PowCone3D, PowConeND, SvecPSD, Zero
 from cvxpy.lin_ops.lin_op import CONSTANT_ID
+from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
+from cvxpy.settings import PARAM_PROB
 from cvxpy.utilities import scopes
 
 from convexlearn.domains import Domain
@@ -91,9 +93,9 @@ def compile_problem(
     """
     require_dpp(declaration.problem, gp, native_objective)
     canonical = canonicalize(declaration, gp, native_objective, canon_backend)
-    parametric = canonical.data[cp.settings.PARAM_PROB]
+    parametric = canonical.data[PARAM_PROB]
     features, theta = _theta_map(canonical, parametric)
-    n, m = parametric.x.size, parametric.constr_size
+    n = parametric.x.size
     m = parametric.A.shape[0] // (n + 1)
     A, a_map, b_map = _constraint_maps(parametric, theta, n, m)
     P, p_map = _quadratic_map(parametric, theta, n)
@@ -106,15 +108,13 @@ def compile_problem(
     return Compiled(program, specs, features, maps, outputs)
 
 
-def canonicalize(
-    declaration: Declaration, gp: bool, native_objective: bool, canon_backend: str | None
-) -> Canonical:
+def canonicalize(declaration: Declaration, gp: bool, native_objective: bool, canon_backend: str | None) -> Canonical:
     """CVXPY's reduction chain applied to the declaration's private problem."""
     problem, dgp = declaration.problem, None
     if gp:
-        dgp = cp.reductions.Dgp2Dcp(problem)
+        dgp = Dgp2Dcp(problem)
         problem, _ = dgp.apply(problem)
-    problem = cp.Problem(problem.objective, problem.constraints)
+    problem: Any = cp.Problem(problem.objective, problem.constraints)
     with scopes.quad_form_dpp_scope():
         data, chain, inverse = problem.get_problem_data(
             CANONICAL_SOLVER,
@@ -122,7 +122,7 @@ def canonicalize(
             solver_opts={"use_quad_obj": native_objective},
         )
     unread = [k for k in ("dir_cones", "lower_bounds", "upper_bounds") if data.get(k) is not None]
-    parametric = data[cp.settings.PARAM_PROB]
+    parametric = data[PARAM_PROB]
     if unread or parametric.dir_cones or parametric.constr_map[PowConeND]:
         raise CompileError(
             f"CVXPY canonicalized into parts that convexlearn does not read ({unread or 'power cones of order n'}); "
@@ -146,7 +146,7 @@ def canonicalize(
     )
 
 
-def _specification(parameter: cp.Parameter) -> ParameterSpec:
+def _specification(parameter: Any) -> ParameterSpec:
     domain = Domain.from_attributes(parameter.shape, parameter.attributes, parameter.sparse_idx)
     return ParameterSpec(parameter.name(), parameter.shape, domain)
 
@@ -187,14 +187,12 @@ def _column_major(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(int(np.prod(shape, dtype=int))).reshape(shape).ravel(order="F")
 
 
-def _lowering(parameter: cp.Parameter) -> sp.csr_array:
+def _lowering(parameter: Any) -> sp.csr_array:
     """Matrix from a parameter flattened row by row to CVXPY's (reduced) vector; symmetrises."""
     size, attributes = parameter.size, parameter.attributes
     if any(attributes[a] for a in ("symmetric", "PSD", "NSD", "hermitian")):
         if len(parameter.shape) > 2:
-            raise CompileError(
-                f"parameter '{parameter.name()}': symmetric arrays of more than two dimensions"
-            )
+            raise CompileError(f"parameter '{parameter.name()}': symmetric arrays of more than two dimensions")
         n = parameter.shape[0]
         i, j = np.triu_indices(n)
         k = np.arange(len(i))
@@ -215,14 +213,10 @@ def _selection(source: np.ndarray, size: int) -> sp.csr_array:
     return sp.csr_array((np.ones(len(source)), (rows, source)), shape=(len(source), size))
 
 
-def _group(
-    keys: np.ndarray, tensor: sp.coo_array, weights: np.ndarray, height: int
-) -> tuple[np.ndarray, Any]:
+def _group(keys: np.ndarray, tensor: sp.coo_array, weights: np.ndarray, height: int) -> tuple[np.ndarray, Any]:
     """Add up the rows of a tensor by key: sorted unique keys, and one row for each."""
     unique, position = np.unique(keys, return_inverse=True)
-    reduced = sp.csr_array(
-        (tensor.data * weights, (position, tensor.col)), shape=(len(unique), tensor.shape[1])
-    )
+    reduced = sp.csr_array((tensor.data * weights, (position, tensor.col)), shape=(len(unique), tensor.shape[1]))
     return unique, reduced
 
 
@@ -270,10 +264,8 @@ def _cones(dims: Any) -> Cones:
 
 def _recovery(output: Any, canonical: Canonical, parametric: Any) -> Recovery:
     """How an output is read off the canonical solution."""
-    duals = {
-        d.id: (c, k)
-        for c in canonical.declaration.problem.constraints
-        for k, d in enumerate(c.dual_variables)
+    duals: dict[Any, Any] = {
+        d.id: (c, k) for c in canonical.declaration.problem.constraints for k, d in enumerate(c.dual_variables)
     }
     if isinstance(output, cp.Variable) and output.id in duals:
         constraint, which = duals[output.id]
@@ -309,12 +301,12 @@ def _affine_map(expression: Any) -> tuple[Any, np.ndarray]:
     plain = {id(v): cp.Variable(v.shape) for v in variables}
     copy = expression.tree_copy(id_objects=plain)
     data = cp.Problem(cp.Minimize(0), [copy == 0]).get_problem_data(CANONICAL_SOLVER)[0]
-    columns = data[cp.settings.PARAM_PROB].var_id_to_col
+    columns = data[PARAM_PROB].var_id_to_col
     take = np.concatenate([columns[plain[id(v)].id] + np.arange(v.size) for v in variables])
     return sp.csr_array(data["A"])[:, take], -data["b"]
 
 
-def _variable_matrix(variable: cp.Variable, canonical: Canonical, parametric: Any) -> sp.csr_array:
+def _variable_matrix(variable: Any, canonical: Canonical, parametric: Any) -> sp.csr_array:
     """Matrix from the canonical x to the variable in column-major order."""
     start = parametric.var_id_to_col.get(canonical.variable_ids.get(variable.id, variable.id))
     if start is None:
@@ -338,7 +330,7 @@ def _variable_matrix(variable: cp.Variable, canonical: Canonical, parametric: An
 def _constraint_rows(canonical: Canonical) -> dict[int, tuple[Any, int]]:
     """Canonical constraint id -> (constraint, first row)."""
     rows, start = {}, 0
-    constraints = canonical.data[cp.settings.PARAM_PROB].constr_map
+    constraints = canonical.data[PARAM_PROB].constr_map
     for kind in CONE_ORDER:
         for constraint in constraints.get(kind, []):
             rows[constraint.id] = (constraint, start)
@@ -346,9 +338,9 @@ def _constraint_rows(canonical: Canonical) -> dict[int, tuple[Any, int]]:
     return rows
 
 
-def _dual_recovery(dual: cp.Variable, constraint: Any, which: int, canonical: Canonical) -> Recovery:
+def _dual_recovery(dual: Any, constraint: Any, which: int, canonical: Canonical) -> Recovery:
     """A dual variable with CVXPY's sign and layout, one case per kind of cone."""
-    final, start = _constraint_rows(canonical)[canonical.constraint_ids.get(constraint.id, constraint.id)]
+    _, start = _constraint_rows(canonical)[canonical.constraint_ids.get(constraint.id, constraint.id)]
     shape, scale = dual.shape, 1.0
     size = int(np.prod(shape, dtype=int))
     if isinstance(constraint, SOC):
@@ -370,7 +362,5 @@ def _dual_recovery(dual: cp.Variable, constraint: Any, which: int, canonical: Ca
     else:
         source = np.empty(size, dtype=int)
         source[_column_major(shape)] = np.arange(size)
-    matrix = sp.csr_array(
-        _selection(start + source, canonical.data["A"].shape[0]) * np.reshape(scale, (-1, 1))
-    )
+    matrix = sp.csr_array(_selection(start + source, canonical.data["A"].shape[0]) * np.reshape(scale, (-1, 1)))
     return Recovery(f"dual of {constraint}", shape, matrix, np.zeros(size), True, False)

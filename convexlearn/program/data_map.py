@@ -90,9 +90,7 @@ class DataMap:
         self.shared = SparseMap(sp.csr_array(sp.vstack(shared)))
         self.batched = SparseMap(sp.csr_array(sp.vstack(varying))) if varying else None
 
-    def __call__(
-        self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False
-    ) -> ProgramData:
+    def __call__(self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False) -> ProgramData:
         """Data from the shared features and a final 1 (1, k + 1), and the batched ones (B, l)."""
         apply = SparseMap.differentiable if differentiable else SparseMap.__call__
         base = apply(self.shared, shared)

@@ -85,20 +85,16 @@ def set_values(parameters: tuple[cp.Parameter, ...], values: list[np.ndarray]) -
             parameter.save_value(value)
 
 
-def require_dpp(problem: cp.Problem, gp: bool, native_objective: bool) -> None:
+def require_dpp(problem: Any, gp: bool, native_objective: bool) -> None:
     """Raise CompileError, naming the subexpression and a rewrite, unless the problem is DPP."""
     if problem.is_mixed_integer():
         names = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
-        raise CompileError(
-            f"variables {names} are boolean or integer; a differentiable layer needs a convex problem"
-        )
+        raise CompileError(f"variables {names} are boolean or integer; a differentiable layer needs a convex problem")
     if any(leaf.is_complex() for leaf in [*problem.variables(), *problem.parameters()]):
         raise CompileError("complex variables and parameters are not supported; use real and imaginary parts")
     if gp:
         if not problem.is_dpp("dgp"):
-            raise CompileError(
-                f"Problem must be DPP for geometric programming. {_explain(problem, 'is_dgp')}"
-            )
+            raise CompileError(f"Problem must be DPP for geometric programming. {_explain(problem, 'is_dgp')}")
         return
     if not problem.is_dpp(quad_form_dpp="qp" if native_objective else None):
         raise CompileError(f"Problem must be DPP. {_explain(problem, 'is_dcp')}")
@@ -139,9 +135,7 @@ def _rewrite(node: Any) -> str:
     if isinstance(node, QuadForm):
         return "write sum_squares(P_sqrt @ x) with a parameter P_sqrt instead of quad_form(x, P)."
     if isinstance(node, DivExpression):
-        return (
-            f"declare a parameter for the reciprocal of {_text(node.args[1])} and multiply by it; {feature}."
-        )
+        return f"declare a parameter for the reciprocal of {_text(node.args[1])} and multiply by it; {feature}."
     if isinstance(node, MulExpression | multiply) and len(parametric) == 2:
         if any(a.variables() for a in parametric):
             return (

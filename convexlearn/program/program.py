@@ -101,7 +101,7 @@ class Program:
     cones: Cones
     P: Sparsity
     A: Sparsity
-    fixed: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+    fixed: tuple[np.ndarray, ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> "Program":
         return self

@@ -1,8 +1,8 @@
 """A check of a compiled problem against CVXPY: data at one instance, and the inversion of one point."""
 
+from importlib.metadata import version
 from typing import Any
 
-import cvxpy as cp
 import numpy as np
 import torch
 
@@ -40,7 +40,7 @@ def self_check(compiled: Compiled, declaration: Declaration, gp: bool, native_ob
     if any(mismatch):
         raise CompileError(
             "the compiled problem disagrees with CVXPY's own data; please report it with this problem "
-            f"and cvxpy {cp.__version__} (check=False skips this test)"
+            f"and cvxpy {version('cvxpy')} (check=False skips this test)"
         )
     _check_inversion(compiled, copy, canonical)
 
@@ -52,9 +52,9 @@ def _differs(difference: Any) -> bool:
 
 def _instance(copy: Declaration, compiled: Compiled) -> list[np.ndarray]:
     """Declared values where every parameter has one, else a reproducible draw from the domains."""
-    if all(p.value is not None for p in copy.parameters):
-        dense = (p.value.toarray() if hasattr(p.value, "toarray") else p.value for p in copy.parameters)
-        return [np.asarray(v, dtype=float) for v in dense]
+    declared: list[Any] = [p.value for p in copy.parameters]
+    if all(v is not None for v in declared):
+        return [np.asarray(v.toarray() if hasattr(v, "toarray") else v, dtype=float) for v in declared]
     generator = torch.Generator().manual_seed(0)
     values = []
     for spec in compiled.parameters:
@@ -87,5 +87,5 @@ def _check_inversion(compiled: Compiled, copy: Declaration, canonical: Any) -> N
         if _differs(ours - theirs.reshape(recovery.shape)):
             raise CompileError(
                 f"reading off '{recovery.name}' disagrees with CVXPY; please report it with this problem and "
-                f"cvxpy {cp.__version__} (check=False skips this test)"
+                f"cvxpy {version('cvxpy')} (check=False skips this test)"
             )

@@ -62,9 +62,7 @@ class Solver(Protocol):
         """None if the solver takes the program, otherwise the reason why not, as half a sentence."""
         ...
 
-    def solve(
-        self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None
-    ) -> Solution:
+    def solve(self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None) -> Solution:
         """Solve every sample; failures are reported in `Solution.status`, never raised."""
         ...
 
@@ -98,7 +96,8 @@ def transposed_product(program: Program, A: Tensor, z: Tensor) -> Tensor:
 
 
 def _index(sparsity: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.as_tensor(i, device=device).long() for i in (sparsity.rows, sparsity.cols))
+    rows, cols = (torch.as_tensor(i, device=device).long() for i in (sparsity.rows, sparsity.cols))
+    return rows, cols
 
 
 def polyhedral_residual(program: Program, data: ProgramData, x: Tensor, z: Tensor) -> Tensor:

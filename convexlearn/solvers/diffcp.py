@@ -68,9 +68,7 @@ class Diffcp:
             return "diffcp cannot differentiate power cones; write them with exponential or second-order cones"
         return None if program.m else "diffcp needs at least one constraint"
 
-    def solve(
-        self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None
-    ) -> Solution:
+    def solve(self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None) -> Solution:
         """Solve every sample; statuses from SCS, residuals computed here."""
         assert isinstance(options, DiffcpOptions)  # layers make the options from `self.options`
         host = [f.detach().cpu().numpy() for f in data.expanded().fields()]
@@ -140,7 +138,10 @@ def _cone_dict(cones: Cones) -> dict[str, Any]:
 def _solve_one(program: Program, values: list[np.ndarray], options: DiffcpOptions, warm: Any) -> _Solved:
     _, q, entries, b = values
     A = program.A.matrix(entries.copy())
-    settings: dict[str, Any] = {"eps": options.tolerance, "max_iters": options.max_iterations or ITERATION_LIMIT}
+    settings: dict[str, Any] = {
+        "eps": options.tolerance,
+        "max_iters": options.max_iterations or ITERATION_LIMIT,
+    }
     if options.time_limit is not None:
         settings["time_limit_secs"] = options.time_limit
     if options.acceleration_lookback is not None:
@@ -148,7 +149,6 @@ def _solve_one(program: Program, values: list[np.ndarray], options: DiffcpOption
     mode = options.mode or ("dense" if sum(A.shape) < DENSE_ORDER else "lsmr")
     if warm is not None:
         warm = (*warm, b - A @ warm[0])
-
 
     # diffcp strips zeros in place and wants the matrix class
     matrix = sp.csc_matrix(A.copy())
