@@ -1,0 +1,115 @@
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from convexlearn.errors import FailureWarning, OptionError, SolverError
+from convexlearn.evaluate import SAMPLES, Evaluation, evaluate
+from convexlearn.objectives import cost, squared_error
+from convexlearn.rules.base import DecisionRule
+from convexlearn.simulate.base import Trajectory
+from convexlearn.simulate.pairs import Pairs
+
+X = torch.arange(6, dtype=torch.float64).reshape(6, 1)
+PAIRS = Pairs(X, 0 * X)
+
+
+def noisy(rule, batch_size, generator):
+    """A simulator without length: x is noise, the cost is |s| per step."""
+    x = torch.randn(batch_size, 3, generator=generator, dtype=torch.float64)
+    s = rule(x)
+    return Trajectory(x, s, cost=s.abs())
+
+
+def failing(x):
+    return torch.where(x == 4, torch.nan, x)
+
+
+def test_mean_and_standard_error_by_hand():
+    result = evaluate(nn.Identity(), PAIRS, squared_error)
+    assert result.values.tolist() == [0, 1, 4, 9, 16, 25]
+    assert result.mean == pytest.approx(55 / 6)
+    assert result.standard_error == pytest.approx(result.values.std().item() / math.sqrt(6))
+    assert result.failures == 0
+    assert repr(result).startswith("9.167 ± 3.98, ")
+    assert "ms per decision (6 samples)" in repr(result)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_batches_give_the_same(batch_size):
+    result = evaluate(nn.Identity(), PAIRS, squared_error, batch_size=batch_size)
+    assert result.values.tolist() == [0, 1, 4, 9, 16, 25]
+
+
+def test_several_objectives_on_one_simulation():
+    results = evaluate(nn.Identity(), noisy, {"cost": cost, "energy": lambda t: t.decision.square().sum(1)}, samples=5)
+    again = evaluate(nn.Identity(), noisy, cost, samples=5)
+    assert list(results) == ["cost", "energy"]
+    assert torch.equal(results["cost"].values, again.values)
+
+
+def test_samples_and_seed():
+    assert len(evaluate(nn.Identity(), noisy, cost).values) == SAMPLES
+    a, b, c = (evaluate(nn.Identity(), noisy, cost, samples=7, batch_size=3, seed=s) for s in (0, 0, 1))
+    assert len(a.values) == 7
+    assert torch.equal(a.values, b.values)
+    assert not torch.equal(a.values, c.values)
+    some = evaluate(nn.Identity(), PAIRS, squared_error, samples=3)
+    assert set(some.values.tolist()) < {0, 1, 4, 9, 16, 25}
+    assert len(some.values) == 3
+
+
+def test_failed_samples_are_left_out_and_named():
+    with pytest.warns(FailureWarning, match="1 of 6 samples failed: 4; they are left out"):
+        result = evaluate(failing, PAIRS, squared_error, batch_size=4)
+    assert result.mean == pytest.approx(39 / 5)
+    assert (result.failures, result.failed) == (1, (4,))
+    assert result.values.isnan().tolist() == [False] * 4 + [True, False]
+    assert "1 failed" in repr(result)
+
+
+def test_over_half_failed_is_an_error():
+    with pytest.raises(SolverError, match="4 of 6 samples failed: 2, 3, 4, 5"):
+        evaluate(lambda x: torch.where(x >= 2, torch.nan, x), PAIRS, squared_error)
+
+
+def test_the_rule_is_in_eval_mode_and_left_as_it_was():
+    network = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(1)).double()
+    network[1].eval()
+    state = torch.get_rng_state()
+    evaluate(network, PAIRS, squared_error)
+    assert [part.training for part in network.modules()] == [True, True, False]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_time_is_spent_in_the_rule_only():
+    def simulator(rule, batch_size, generator):
+        time.sleep(0.05)
+        x = torch.zeros(batch_size, 4, 2)
+        memory = rule.start(x[:, 0])
+        for t in range(4):
+            s, memory = rule.decide(x[:, t], memory)
+        return Trajectory(x, s, cost=s.sum(1))
+
+    class Slow(DecisionRule):
+        def decide(self, x, memory):
+            time.sleep(0.005)
+            return x, memory
+
+    seconds = evaluate(Slow(), simulator, cost, samples=2).seconds_per_decision
+    assert 0.0025 <= seconds < 0.05 / 8 + 0.0025
+    sequences = Pairs(torch.zeros(2, 4, 1), torch.zeros(2, 4, 1))
+    assert evaluate(Slow(), sequences, squared_error).seconds_per_decision >= 0.0025
+
+
+def test_single_sample_has_no_standard_error():
+    assert math.isnan(Evaluation(torch.ones(1)).standard_error)
+
+
+def test_bad_options():
+    with pytest.raises(OptionError, match=r"samples=7, but .* has 6"):
+        evaluate(nn.Identity(), PAIRS, squared_error, samples=7)
+    with pytest.raises(OptionError, match="batch_size must be at least 1"):
+        evaluate(nn.Identity(), PAIRS, squared_error, batch_size=0)
