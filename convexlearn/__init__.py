@@ -1,6 +1,6 @@
 """convexlearn: decision rules tuned from data."""
 
-from convexlearn import networks, objectives, simulate
+from convexlearn import errors, networks, objectives, simulate
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
@@ -30,6 +30,7 @@ __all__ = [
     "Status",
     "Trajectory",
     "as_rule",
+    "errors",
     "evaluate",
     "networks",
     "objectives",

@@ -1,0 +1,1 @@
+"""QPs and LPs in batches."""

@@ -1,0 +1,274 @@
+"""The gradient loop behind `tune`: steps, best weights, failures, checkpoints."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from convexlearn import checkpoint as checkpoints
+from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
+from convexlearn.evaluate import devices_of, evaluate, report_failures
+from convexlearn.failures import collect_failures
+from convexlearn.history import History
+from convexlearn.objectives import Objective, judge, maximizes
+from convexlearn.randomness import isolated, make_generator
+from convexlearn.simulate.base import FiniteSimulator, Trajectory
+
+BATCH_SIZE = 64
+"""Number of trajectories per step by default, where the simulator has no length."""
+
+Rate = float | Callable[[int], float]
+
+
+class NonFiniteWarning(FailureWarning):
+    """Tuning stopped at a loss or gradient that is NaN or infinite; earlier weights are restored."""
+
+
+class _NotFinite(Exception):
+    """A loss, gradient or parameter is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    simulator: Any
+    objective: Objective
+    interval: int
+
+
+@dataclass(eq=False)
+class Descent:
+    """State of a run; everything random in step k derives from (seed, k)."""
+
+    rule: nn.Module
+    names: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rates: list[Rate]
+    sampler: "Sampler"
+    objective: Objective
+    regularizer: Callable[[Any], Tensor] | None
+    validation: Validation | None
+    patience: int | None
+    clip: float | None
+    seed: int
+    callback: Callable[[dict[str, Any]], Any] | None
+    path: Path | None
+    configuration: dict[str, str] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    step: int = 0
+    stale: int = 0
+    warned: bool = False
+    best: dict[str, Tensor] | None = None
+    good: dict[str, Tensor] | None = None  # weights with finite loss and gradient
+    current: dict[str, Tensor] | None = None  # weights after the last complete step
+    next_save: float = 0.0
+
+    def run(self, steps: int, progress: bool) -> History:
+        modes = {part: part.training for part in self.rule.modules()}
+        self.current = self.snapshot()
+        fallback = None
+        try:
+            self.begin()
+            with tqdm(total=steps, initial=self.step, disable=None if progress else True) as bar:
+                while self.step < steps and not self.history.stopped:
+                    record = self.advance()
+                    bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+                    bar.update()
+            self.save()
+            self.finish()
+        except KeyboardInterrupt:
+            self.history.stopped, fallback = f"interrupted after step {self.step}", self.current
+        except _NotFinite as problem:
+            fallback = self.good or self.current
+            self.stop(str(problem))
+        except BaseException:
+            fallback = self.current
+            raise
+        finally:
+            self.restore(self.best or fallback)
+            self.optimizer.zero_grad()
+            for part, training in modes.items():
+                part.training = training
+        return self.history
+
+    def begin(self) -> None:
+        """Resume from the checkpoint, or judge and save the weights at the start."""
+        content = checkpoints.load(self.path, self.configuration) if self.path else None
+        if content is None:
+            if self.validation is not None:
+                self.history.start = self.validate()
+                self.consider(self.history.start, "validation")
+            self.save()
+            return
+        self.restore(content["rule"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.history = History.from_dict(content["history"])
+        self.step, self.stale, self.best = content["step"], content["stale"], content["best"]
+        self.current = self.snapshot()
+
+    def advance(self) -> dict[str, Any]:
+        """One gradient step; one validation when due."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate(self.step) if callable(rate) else rate
+        records: list[dict[str, Any]] = []
+        self.rule.train()
+        self.optimizer.step(lambda: self.gradient(records))  # type: ignore[arg-type]  # LBFGS asks repeatedly
+        record, self.good = records[0], self.current
+        if self.validation is None and self.sampler.whole:
+            self.consider(record["loss"], "loss")
+        self.check_parameters()
+        self.step, self.current = self.step + 1, self.snapshot()
+        self.history.append(record)
+        if self.validation is not None and self.step % self.validation.interval == 0:
+            record["validation"] = self.validate()
+            self.consider(record["validation"], "validation")
+        if self.patience is not None and self.stale >= self.patience:
+            self.history.stopped = f"no improvement in {self.stale} validations, after step {self.step}"
+        if self.callback is not None and self.callback(record) is True and not self.history.stopped:
+            self.history.stopped = f"stopped by the callback after step {self.step}"
+        if time.monotonic() >= self.next_save:
+            self.save()
+        return record
+
+    def finish(self) -> None:
+        """Judge the last weights too, where that has not been done."""
+        if self.validation is not None and self.history and "validation" not in self.history[-1]:
+            self.history[-1]["validation"] = self.validate()
+            self.consider(self.history[-1]["validation"], "validation")
+        if self.validation is None and self.sampler.whole and self.history:
+            self.rule.train()
+            with torch.no_grad(), isolated(self.seed, "step", self.step, devices=devices_of(self.rule)):
+                self.consider(self.loss()[0].item(), "loss")
+
+    def gradient(self, records: list[dict[str, Any]]) -> Tensor:
+        """Loss of the present step; leaves its clipped gradient in the parameters and adds to `records`."""
+        self.optimizer.zero_grad()
+        with torch.enable_grad(), isolated(self.seed, "step", self.step, devices=devices_of(self.rule)):
+            loss, failures = self.loss()
+            if not bool(torch.isfinite(loss)):
+                self.check_parameters()
+                raise _NotFinite(f"the loss became {loss.item()} while tuning {', '.join(self.names)}")
+            if not loss.requires_grad:
+                trained = ", ".join(self.names)
+                raise OptionError(
+                    f"tune: the objective does not depend on the trainable parameters ({trained}); "
+                    "check that rule and simulator are differentiable and run without no_grad or detach"
+                )
+            loss.backward()
+        gradients = {name: p.grad for name, p in self.names.items() if p.grad is not None}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        if not math.isfinite(norm):
+            culprit = next((n for n, g in gradients.items() if not bool(torch.isfinite(g).all())), "(overflow)")
+            raise _NotFinite(f"the gradient of parameter '{culprit}' became NaN or infinite")
+        if self.clip is not None and norm > self.clip:
+            for gradient in gradients.values():
+                gradient.mul_(self.clip / norm)
+        record = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "failures": failures}
+        records.append(record)
+        return loss.detach()
+
+    def loss(self) -> tuple[Tensor, int]:
+        """Average objective over the samples of the present step that did not fail; how many did."""
+        with collect_failures() as reported:
+            trajectory, labels = self.sampler(self.rule, self.step)
+        failed = trajectory.failed.cpu()
+        lost = labels[failed].tolist()
+        if lost:
+            if bool(failed.all()) and not reported.masks:  # no solver is to blame
+                self.check_parameters()
+                raise _NotFinite(f"all decisions became NaN or infinite while tuning {', '.join(self.names)}")
+            report_failures(lost, len(failed), f"tune, step {self.step}", warn=not self.warned)
+            self.warned = True
+            trajectory = trajectory.select(~trajectory.failed)
+        values = judge(self.objective, trajectory)
+        loss = -values.mean() if maximizes(self.objective) else values.mean()
+        return (loss if self.regularizer is None else loss + self.regularizer(self.rule)), len(lost)
+
+    def validate(self) -> float:
+        if self.validation is None:
+            return math.nan
+        simulator, objective = self.validation.simulator, self.validation.objective
+        with collect_failures() as reported:
+            try:
+                return evaluate(self.rule, simulator, objective, seed=self.seed).mean
+            except SolverError as error:
+                if reported.masks:
+                    raise
+                raise _NotFinite("decisions on the validation set became NaN or infinite") from error
+
+    def consider(self, value: float, measure: str) -> None:
+        """Keep the weights after the last complete step if `value` is the best so far."""
+        sign = -1 if measure == "validation" and self.validation and maximizes(self.validation.objective) else 1
+        best = self.history.best
+        if math.isfinite(value) and (best is None or sign * value < sign * best["value"]):
+            self.history.best = {"step": self.step, "value": value, "measure": measure}
+            self.best, self.stale = self.current, 0
+        else:
+            self.stale += 1
+
+    def check_parameters(self) -> None:
+        for name, parameter in self.names.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise _NotFinite(f"parameter '{name}' became NaN or infinite")
+
+    def stop(self, problem: str) -> None:
+        remedy = "lower its learning_rate or clip, or check data and domain"
+        message = f"tune, step {self.step}: {problem}; {remedy}"
+        if self.step == 0:
+            raise NonFiniteError(message)
+        self.history.stopped = f"step {self.step}: {problem}"
+        kept = (
+            f"the best weights so far, of step {self.history.best['step']}," if self.history.best else "earlier weights"
+        )
+        warnings.warn(f"{message} ({kept} are restored)", NonFiniteWarning, stacklevel=4)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.rule.state_dict().items()}
+
+    def restore(self, weights: dict[str, Tensor] | None) -> None:
+        if weights is not None:
+            self.rule.load_state_dict(weights)
+
+    def save(self) -> None:
+        """Write the checkpoint, so seldom that it costs little; it holds what the next step depends on."""
+        if self.path is None:
+            return
+        begin = time.monotonic()
+        history = self.history.to_dict()
+        if not history["stopped"].startswith("no improvement"):
+            history["stopped"] = ""
+        content = {"rule": self.current, "optimizer": self.optimizer.state_dict(), "history": history}
+        content |= {"step": self.step, "stale": self.stale, "best": self.best}
+        checkpoints.save(self.path, content, self.configuration)
+        self.next_save = time.monotonic() + 20 * (time.monotonic() - begin)
+
+
+class Sampler:
+    """The samples of step k: all of a data set, its k-th shuffled batch, or trajectories drawn for k."""
+
+    def __init__(self, simulator: Any, batch_size: int | None, seed: int) -> None:
+        self.simulator, self.seed = simulator, seed
+        self.finite = isinstance(simulator, FiniteSimulator)
+        self.count = len(simulator) if self.finite else 0
+        if self.finite and not self.count:
+            raise OptionError("tune: the simulator holds no samples")
+        self.size = min(batch_size or self.count, self.count) if self.finite else batch_size or BATCH_SIZE
+        self.whole = self.finite and self.size == self.count
+
+    def __call__(self, rule: Any, step: int) -> tuple[Trajectory, Tensor]:
+        """Their trajectory and their numbers."""
+        generator = make_generator(self.seed, "tune", step)
+        if not self.finite:
+            return self.simulator(rule, self.size, generator), torch.arange(self.size)
+        if self.whole:
+            return self.simulator(rule, None, generator), torch.arange(self.count)
+        epoch, batch = divmod(step, self.count // self.size)
+        order = torch.randperm(self.count, generator=make_generator(self.seed, "epoch", epoch))
+        labels = order[batch * self.size : (batch + 1) * self.size]
+        return self.simulator.subset(labels)(rule, None, generator), labels

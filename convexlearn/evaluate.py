@@ -1,0 +1,220 @@
+"""Evaluation: apply a rule in a simulation and average an objective; knows rules only by their contract."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from convexlearn.errors import FailureWarning, OptionError, SolverError
+from convexlearn.objectives import Objective, judge
+from convexlearn.randomness import isolated, make_generator
+from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
+from convexlearn.simulate.base import FiniteSimulator, Trajectory
+
+SAMPLES = 256
+"""Number of trajectories that `evaluate` simulates by default, where the simulator has no length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Outcome of `evaluate`: `values` `(N,)` per sample, NaN for those in `failed`; and timing.
+
+    >>> Evaluation(torch.tensor([1.0, 2.0, 3.0]), 0.0015)
+    2 ± 0.577, 1.5 ms per decision (3 samples)
+    """
+
+    values: Tensor
+    seconds_per_decision: float = math.nan
+    failed: tuple[int, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Average over the samples that did not fail."""
+        return self._valid().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Standard deviation over the square root of the number of samples; NaN for a single sample."""
+        valid = self._valid()
+        return valid.std().item() / math.sqrt(len(valid)) if len(valid) > 1 else math.nan
+
+    @property
+    def failures(self) -> int:
+        """Number of failed samples, which `failed` names."""
+        return len(self.failed)
+
+    def _valid(self) -> Tensor:
+        kept = torch.ones(len(self.values), dtype=torch.bool)
+        kept[list(self.failed)] = False
+        return self.values[kept].double()
+
+    def __repr__(self) -> str:
+        milliseconds = f"{1e3 * self.seconds_per_decision:.3g} ms per decision"
+        failures = f", {self.failures} failed" if self.failed else ""
+        mean = f"{self.mean:.4g} ± {self.standard_error:.3g}"
+        return f"{mean}, {milliseconds} ({len(self.values)} samples{failures})"
+
+
+@overload
+def evaluate(
+    rule: Any,
+    simulator: Any,
+    objective: Objective,
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Evaluation: ...
+@overload
+def evaluate(
+    rule: Any,
+    simulator: Any,
+    objective: Mapping[str, Objective],
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, Evaluation]: ...
+def evaluate(
+    rule: Any,
+    simulator: Any,
+    objective: Any,
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """Judge `rule` in `simulator` by `objective` ("Evaluating a Decision Rule" in the paper).
+
+    objective: Trajectory -> `(B,)`, or a dict of several, judged on the same simulation (gives a dict
+    of Evaluations). `samples`: how many; by default all of a data set, SAMPLES trajectories otherwise;
+    fewer than all are drawn by `seed`. `batch_size` bounds how many are simulated at a time. Time is
+    spent in the rule only. Failed samples are left out, counted and named in a FailureWarning; when
+    over half of them fail, SolverError is raised. The rule is in eval mode meanwhile.
+
+    >>> from convexlearn.objectives import squared_error
+    >>> from convexlearn.simulate.pairs import Pairs
+    >>> evaluate(nn.Identity(), Pairs(torch.zeros(4, 2), torch.ones(4, 2)), squared_error).mean
+    2.0
+    """
+    objectives = dict(objective) if isinstance(objective, Mapping) else {"": objective}
+    timed = _TimedRule(as_rule(rule))
+    values: dict[str, list[Tensor]] = {name: [] for name in objectives}
+    failed: list[Tensor] = []
+    named: list[int] = []
+    with torch.no_grad(), _eval_mode(timed), isolated(seed, "evaluate", devices=devices_of(timed)):
+        for trajectory, labels in _simulations(timed, simulator, samples, batch_size, seed):
+            lost = trajectory.failed.cpu()
+            kept = trajectory.select(~trajectory.failed) if bool(lost.any()) else trajectory
+            for name, function in objectives.items():
+                row = judge(function, kept).cpu()
+                row = row if row.is_floating_point() else row.double()
+                values[name].append(row.new_full((len(lost),), math.nan).masked_scatter(~lost, row))
+            failed.append(lost)
+            named += labels[lost].tolist()
+    positions = torch.nonzero(torch.cat(failed)).flatten().tolist() if failed else []
+    report_failures(named, sum(map(len, failed)), "evaluate")
+    seconds = timed.seconds / timed.decisions if timed.decisions else math.nan
+    results = {
+        name: Evaluation(torch.cat(rows) if rows else torch.zeros(0), seconds, tuple(positions))
+        for name, rows in values.items()
+    }
+    return results if isinstance(objective, Mapping) else results[""]
+
+
+def report_failures(named: list[int], total: int, where: str, *, warn: bool = True) -> None:
+    """Warn that some of `total` samples failed, naming them; raise SolverError when over half did."""
+    if not named:
+        return
+    names = ", ".join(map(str, named[:10])) + (", ..." if len(named) > 10 else "")
+    message = f"{where}: {len(named)} of {total} samples failed: {names}"
+    if 2 * len(named) > total:
+        raise SolverError(
+            f"{message}; an average over fewer than half of the samples would mislead: check that the rule's "
+            "problem is feasible for these contexts (call the rule on one of them to see its status)"
+        )
+    if warn:
+        warnings.warn(f"{message}; they are left out of the average", FailureWarning, stacklevel=3)
+
+
+def devices_of(module: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that a module's parameters and buffers are on."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tuple({tensor.device for tensor in tensors})
+
+
+class _TimedRule(DecisionRule):
+    """A rule that measures the time spent in it and counts its decisions."""
+
+    def __init__(self, rule: DecisionRule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.seconds, self.decisions = 0.0, 0
+
+    @property
+    def recursive(self) -> bool:
+        return self.rule.recursive
+
+    def start(self, x: Any) -> Any:
+        return self._time(0, self.rule.start, x)
+
+    def decide(self, x: Any, memory: Any = None) -> tuple[Any, Any]:
+        return self._time(len(as_tuple(x)[0]), self.rule.decide, x, memory)
+
+    def forward(self, *x: Any) -> Any:
+        steps = x[0].shape[1] if self.rule.recursive and x and x[0].ndim > 1 else 1
+        return self._time(len(x[0]) * steps if x else 0, self.rule, *x)
+
+    def _time(self, decisions: int, function: Any, *arguments: Any) -> Any:
+        cuda = any(isinstance(a, Tensor) and a.is_cuda for a in as_tuple(arguments[0])) if arguments else False
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = function(*arguments)
+        if cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - begin
+        self.decisions += decisions
+        return result
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+def _simulations(
+    rule: Any, simulator: Any, samples: int | None, batch_size: int | None, seed: int
+) -> Iterator[tuple[Trajectory, Tensor]]:
+    """Trajectories, batch by batch, with the numbers of their samples."""
+    for option, number in (("samples", samples), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise OptionError(f"evaluate: {option} must be at least 1, got {number}")
+    finite = isinstance(simulator, FiniteSimulator)
+    order = torch.arange(len(simulator) if finite else samples or SAMPLES)
+    if finite and samples is not None:
+        if samples > len(order):
+            raise OptionError(f"evaluate: samples={samples}, but {simulator!r} has {len(order)}")
+        if samples < len(order):
+            shuffled = torch.randperm(len(order), generator=make_generator(seed, "samples"))
+            order = shuffled[:samples].sort().values
+    for number, labels in enumerate(order.split(batch_size or max(1, len(order)))):
+        generator = make_generator(seed, "evaluate", number)
+        if not finite:
+            yield simulator(rule, len(labels), generator), labels
+        elif len(labels) == len(simulator):
+            yield simulator(rule, None, generator), labels
+        else:
+            yield simulator.subset(labels)(rule, None, generator), labels

@@ -1,0 +1,54 @@
+"""How a failed sample of a batch travels from a layer to the simulator without disturbing the others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Failures:
+    """Collects which samples failed while a simulator runs a rule."""
+
+    masks: list[Tensor] = field(default_factory=list)
+    outer: "Failures | None" = None
+
+    def add(self, failed: Tensor) -> None:
+        """Record a mask `failed` of the batch's shape, here and in the collectors around this one."""
+        if bool(failed.any()):
+            self.masks.append(failed.detach())
+        if self.outer is not None:
+            self.outer.add(failed)
+
+    def mask(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """`(batch,)` True where a sample failed at least once; all of them if they cannot be told apart."""
+        failed = torch.zeros(batch, dtype=torch.bool, device=device)
+        for mask in self.masks:
+            flat = mask.to(device).reshape(batch, -1) if batch and mask.numel() % batch == 0 else mask.any()
+            failed |= flat.any(-1).to(device)
+        return failed
+
+
+_active: ContextVar[Failures | None] = ContextVar("convexlearn_failures", default=None)
+
+
+@contextmanager
+def collect_failures() -> Iterator[Failures]:
+    """Within it, a layer whose policy is "raise" returns finite rows with zero gradient and records them.
+
+    Simulators run rules inside it, so that one infeasible sample costs neither the batch nor the run.
+    """
+    failures = Failures(outer=_active.get())
+    token = _active.set(failures)
+    try:
+        yield failures
+    finally:
+        _active.reset(token)
+
+
+def collector() -> Failures | None:
+    """The innermost active collector; None when failures shall be raised as usual."""
+    return _active.get()

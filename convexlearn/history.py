@@ -1,0 +1,61 @@
+"""The record of a tuning run."""
+
+import json
+from typing import Any
+
+
+class History(list[dict[str, Any]]):
+    """One dict per step: "step", "loss", "gradient_norm", "failures", and "validation" where it was computed.
+
+    The loss at index i belongs to the weights before update i + 1, the validation value to those after
+    it. `best`: {"step", "value", "measure"} of the weights that were kept, "step" being the number of
+    updates behind them (None when the last ones were kept); `start`: the validation value before the
+    first update, if any; `stopped`: why the run ended before its last step, or "".
+
+    >>> history = History([{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0}])
+    >>> history[-1]["loss"], history.column("loss")
+    (1.0, [2.0, 1.0])
+    """
+
+    best: dict[str, Any] | None = None
+    start: float | None = None
+    stopped: str = ""
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column, steps without it left out."""
+        return [record[name] for record in self if name in record]
+
+    def to_json(self) -> str:
+        """Everything as a JSON text: {"records", "best", "start", "stopped"}."""
+        return json.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as a dict: {"records", "best", "start", "stopped"}."""
+        return {"records": list(self), "best": self.best, "start": self.start, "stopped": self.stopped}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "History":
+        """The inverse of `to_dict`."""
+        history = cls(content["records"])
+        history.best, history.start, history.stopped = content["best"], content["start"], content["stopped"]
+        return history
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw loss and validation value over the steps into `ax`, or a new figure's; returns the Axes."""
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            ax = Figure(layout="constrained").subplots()
+        ax.plot(self.column("step"), self.column("loss"), label="loss")
+        validated = [record for record in self if "validation" in record]
+        if validated:
+            steps = [record["step"] + 1 for record in validated]
+            values = [record["validation"] for record in validated]
+            if self.start is not None:
+                steps, values = [0, *steps], [self.start, *values]
+            ax.plot(steps, values, label="validation", marker=".")
+        if self.best is not None:
+            ax.axvline(self.best["step"], color="0.7", linestyle=":", label="best")
+        ax.set_xlabel("step")
+        ax.legend()
+        return ax

@@ -1,0 +1,153 @@
+"""How a simulation is judged: each objective maps a Trajectory to one number per sample, `(B,)`.
+
+`tune` and `evaluate` average over the samples (Eq. 16 of the paper). An objective with the attribute
+`maximize` set to True is a utility: larger is better. A weighted sum is a lambda away:
+`lambda t: squared_error(t) + 0.1 * cost(t)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexlearn.errors import MissingParameterError, OptionError, ShapeError
+from convexlearn.simulate.base import Trajectory
+
+Objective = Callable[[Trajectory], Tensor]
+
+
+def squared_error(trajectory: Trajectory) -> Tensor:
+    """|s_true - s|_2^2 `(B,)`, the sum over the decision's entries: the l2 loss of the paper.
+
+    >>> t = Trajectory(torch.zeros(1, 2), torch.zeros(1, 2), target=torch.tensor([[3.0, 4.0]]))
+    >>> squared_error(t), mean_squared_error(t), absolute_error(t)
+    (tensor([25.]), tensor([12.5000]), tensor([7.]))
+    """
+    return _difference(trajectory, "squared_error").square().sum(-1)
+
+
+def mean_squared_error(trajectory: Trajectory) -> Tensor:
+    """|s_true - s|_2^2 / n `(B,)`, the mean over the decision's n entries."""
+    return _difference(trajectory, "mean_squared_error").square().mean(-1)
+
+
+def absolute_error(trajectory: Trajectory) -> Tensor:
+    """|s_true - s|_1 `(B,)`, the sum over the decision's entries."""
+    return _difference(trajectory, "absolute_error").abs().sum(-1)
+
+
+@dataclass(frozen=True)
+class psnr:
+    """Peak signal-to-noise ratio 10 log10(peak^2 / mean squared error) in dB, `(B,)`; larger is better.
+
+    >>> t = Trajectory(torch.zeros(1, 2), torch.zeros(1, 2), target=torch.full((1, 2), 0.1))
+    >>> psnr(peak=1.0)(t)
+    tensor([20.])
+    """
+
+    peak: float = 1.0
+    maximize = True
+    __name__ = "psnr"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.peak, int | float) or self.peak <= 0:
+            raise OptionError(f"psnr takes the positive peak value of the signal, as in psnr(1.0); got {self.peak!r}")
+
+    def __call__(self, trajectory: Trajectory) -> Tensor:
+        """Decibels `(B,)`; infinite where the decision is exact."""
+        error = _difference(trajectory, "psnr").square().mean(-1)
+        return 10 * torch.log10(self.peak**2 / error)
+
+
+def cross_entropy(trajectory: Trajectory) -> Tensor:
+    """-log softmax(s)[s_true] `(B,)`: decisions are scores `(B, K)` or `(B, T, K)`, targets labels.
+
+    Labels have shape `(B,)` or `(B, T)`; their losses are averaged over time.
+    """
+    scores, labels = _labelled(trajectory, "cross_entropy")
+    chosen = torch.log_softmax(scores, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return -chosen.reshape(len(scores), -1).mean(-1)
+
+
+def error_rate(trajectory: Trajectory) -> Tensor:
+    """Share of wrong decisions `(B,)`: the zero-one loss of the paper, for scores or for labels.
+
+    Not differentiable: for evaluation; tune on `cross_entropy`.
+    """
+    decision, target = trajectory.decision, _target(trajectory, "error_rate")
+    if decision.shape != target.shape:
+        scores, target = _labelled(trajectory, "error_rate")
+        decision = scores.argmax(-1)
+    wrong = (decision != target).to(torch.get_default_dtype())
+    return wrong.reshape(len(wrong), -1).mean(-1)
+
+
+def accuracy(trajectory: Trajectory) -> Tensor:
+    """Share of right decisions `(B,)`, 1 - `error_rate`; larger is better."""
+    return 1 - error_rate(trajectory)
+
+
+accuracy.maximize = True  # type: ignore[attr-defined]
+
+
+def cost(trajectory: Trajectory) -> Tensor:
+    """Mean of the recorded cost over time `(B,)`, for closed loops."""
+    if trajectory.cost is None:
+        raise MissingParameterError(
+            "objective 'cost' needs trajectory.cost, but this simulator records none; use a simulator with "
+            "a stage cost, or an objective that compares decisions with targets"
+        )
+    return trajectory.cost.reshape(len(trajectory), -1).mean(-1)
+
+
+def maximizes(objective: Any) -> bool:
+    """True for a utility, False for a loss or cost."""
+    return bool(getattr(objective, "maximize", False))
+
+
+def objective_name(objective: Any) -> str:
+    """A name for messages and tables."""
+    return getattr(objective, "__name__", type(objective).__name__)
+
+
+def judge(objective: Objective, trajectory: Trajectory) -> Tensor:
+    """objective(trajectory), checked to be one number per sample, `(B,)`."""
+    values = objective(trajectory)
+    if not isinstance(values, Tensor) or values.shape != (len(trajectory),):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ShapeError(
+            f"objective '{objective_name(objective)}' must return one number per sample, "
+            f"shape ({len(trajectory)},), got {got}; sum or average over the other axes"
+        )
+    return values
+
+
+def _target(trajectory: Trajectory, name: str) -> Tensor:
+    if trajectory.target is None:
+        raise MissingParameterError(
+            f"objective '{name}' compares decisions with targets, but this simulator has none; "
+            "give targets, as in Pairs(x, s), or use an objective of context and decision alone"
+        )
+    return trajectory.target
+
+
+def _difference(trajectory: Trajectory, name: str) -> Tensor:
+    """Decision minus target, flattened to `(B, n)`."""
+    s, target = trajectory.decision, _target(trajectory, name)
+    if s.shape != target.shape:
+        raise ShapeError(
+            f"objective '{name}': decisions have shape {tuple(s.shape)}, targets {tuple(target.shape)}; they must agree"
+        )
+    return (s - target).reshape(len(s), target[:1].numel() if len(s) else 1)
+
+
+def _labelled(trajectory: Trajectory, name: str) -> tuple[Tensor, Tensor]:
+    scores, labels = trajectory.decision, _target(trajectory, name)
+    if labels.is_floating_point() or scores.shape[:-1] != labels.shape:
+        raise ShapeError(
+            f"objective '{name}' takes scores (B, ..., K) and integer labels (B, ...), got decisions "
+            f"{tuple(scores.shape)} and targets {tuple(labels.shape)} of {labels.dtype}"
+        )
+    return scores, labels

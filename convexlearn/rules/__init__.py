@@ -1,0 +1,1 @@
+"""Decision rules: context x to decision s."""

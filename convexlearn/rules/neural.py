@@ -1,0 +1,30 @@
+"""T5: a neural network as a decision rule."""
+
+from torch import Tensor, nn
+
+from convexlearn.rules.base import DecisionRule
+
+
+class NeuralRule(DecisionRule):
+    """Any network x -> s as a rule (type T5 of the paper); its weights have the role NETWORK.
+
+    A plain nn.Module is accepted everywhere as a rule; this adds `learn`, `freeze`, counts and, with
+    `shape`, the decision's shape: x `(B, ...)` -> s `(B, *shape)`.
+
+    >>> from convexlearn.networks import mlp
+    >>> sum(NeuralRule(mlp(3, 2, hidden=(4,), seed=0)).count_parameters().values())
+    26
+    """
+
+    def __init__(self, network: nn.Module, *, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"NeuralRule wraps an nn.Module, got {network!r}")
+        self.network = network
+        self.shape = shape
+
+    def forward(self, *x: Tensor) -> Tensor:
+        """s `(B, ...)`, computed in the network's dtype and returned in that of x."""
+        weight = next(self.network.parameters(), x[0])
+        s = self.network(*(part.to(weight.dtype) for part in x)).to(x[0].dtype)
+        return s if self.shape is None else s.reshape(len(s), *self.shape)

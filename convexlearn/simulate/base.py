@@ -1,0 +1,114 @@
+"""The contract of simulators: run a rule where it must operate, give back what happened."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from convexlearn.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What a simulation recorded, batch first, time axis 1 where there is time.
+
+    context: x `(B, ...)` or a tuple; decision: s `(B, ...)`; state: z; target: desired decision; cost:
+    `(B, T)` stage costs or `(B,)`; failed: `(B,)` True for samples without a valid outcome (all False
+    by default).
+
+    >>> Trajectory(torch.ones(2, 3), torch.zeros(2, 1)).failed
+    tensor([False, False])
+    """
+
+    context: Any
+    decision: Any
+    state: Any = None
+    target: Any = None
+    cost: Tensor | None = None
+    failed: Tensor = None  # type: ignore[assignment]  # filled below
+
+    def __post_init__(self) -> None:
+        first = _first(self.decision)
+        if self.failed is None:
+            failed = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+            object.__setattr__(self, "failed", failed)
+        for name in ("context", "decision", "state", "target", "cost", "failed"):
+            for part in _parts(getattr(self, name)):
+                if part.ndim == 0 or len(part) != len(first):
+                    raise ShapeError(
+                        f"trajectory.{name} has shape {tuple(part.shape)}, expected batch size {len(first)} first"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.failed)
+
+    def select(self, samples: Tensor) -> "Trajectory":
+        """The trajectory of some samples only (a mask `(B,)` or indices)."""
+        picked = {f.name: _map(getattr(self, f.name), lambda t: t[samples]) for f in fields(self)}
+        return replace(self, **picked)
+
+
+class Simulator(Protocol):
+    """simulator(rule, batch_size, generator) -> Trajectory, differentiable in the rule.
+
+    All randomness comes from the generator. `batch_size` None stands for the simulator's own choice.
+    Rules run inside `failures.collect_failures()`, so that a failed sample is data, not an exception.
+    """
+
+    def __call__(
+        self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None
+    ) -> Trajectory:
+        """Simulate `batch_size` samples."""
+        ...
+
+
+@runtime_checkable
+class FiniteSimulator(Protocol):
+    """A simulator over a data set: `tune` shuffles it by epochs, `evaluate` runs through all of it."""
+
+    def __call__(
+        self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None
+    ) -> Trajectory:
+        """Simulate all samples in order, or `batch_size` random ones without replacement."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def subset(self, indices: Tensor) -> "FiniteSimulator":
+        """The simulator over these samples only, in this order."""
+        ...
+
+
+def _parts(value: Any) -> list[Tensor]:
+    """All tensors of a field: a tensor, a tuple or dict of tensors, or None."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [part for item in items for part in _parts(item)]
+
+
+def _first(value: Any) -> Tensor:
+    parts = _parts(value)
+    if not parts:
+        raise TypeError(f"a decision is a tensor or a tuple of tensors, batch first; got {type(value).__name__}")
+    return parts[0]
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_map(item, function) for item in value)
+    return value
+
+
+def not_finite(value: Any, batch: int) -> Tensor:
+    """`(B,)` True for the samples of a decision (tensor or tuple) with an entry that is NaN or infinite."""
+    rows = [~torch.isfinite(part.detach()).reshape(batch, -1).all(-1) for part in _parts(value) if batch]
+    return torch.stack(rows).any(0) if rows else torch.zeros(batch, dtype=torch.bool)
