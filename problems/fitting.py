@@ -1,0 +1,76 @@
+"""Ways to fit a contender: gradient descent through the simulation, or a grid searched by evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexlearn.evaluate import evaluate
+from convexlearn.objectives import Objective
+from convexlearn.problems.catalogue import Budget
+from convexlearn.tune import History, tune
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Outcome of a grid search: `means` and `standard_errors` of the objective at `values`, all `(k,)`."""
+
+    values: np.ndarray
+    means: np.ndarray
+    standard_errors: np.ndarray
+
+    @property
+    def best(self) -> float:
+        """The value with the least mean."""
+        return float(self.values[self.means.argmin()])
+
+
+def gradient(
+    train: Any, objective: Objective, *, steps: int, learning_rate: float, validation: Any = None, **options: Any
+) -> Callable[[Any, Budget], History]:
+    """Fit by `tune` with a learning rate that falls to zero along half a cosine; `options` as in `tune`."""
+
+    def fit(rule: Any, budget: Budget) -> History:
+        total = budget.limit(steps)
+
+        def rate(step: int) -> float:
+            return learning_rate * 0.5 * (1 + np.cos(np.pi * min(1.0, step / total)))
+
+        return tune(
+            rule,
+            train,
+            objective,
+            steps=total,
+            learning_rate=rate,
+            validation=validation,
+            seed=budget.seed,
+            progress=budget.progress,
+            **options,
+        )
+
+    return fit
+
+
+def grid(
+    simulator: Any, objective: Objective, get: Callable[[Any], Any], name: str, values: np.ndarray
+) -> Callable[[Any, Budget], Grid]:
+    """Fit parameter `name` of the module `get(rule)` by evaluation at each of `values`.
+
+    On the test simulator this is the oracle: no rule that may not see the test data chooses better among
+    `values`. A budget of fewer steps than values leaves values out, evenly.
+    """
+
+    def fit(rule: Any, budget: Budget) -> Grid:
+        count = min(len(values), budget.limit(len(values)))
+        tried = values[np.linspace(0, len(values) - 1, count).round().astype(int)]
+        means, errors = np.empty(count), np.empty(count)
+        for k, value in enumerate(tried):
+            setattr(get(rule), name, float(value))
+            outcome = evaluate(rule, simulator, objective, seed=budget.seed)
+            means[k], errors[k] = outcome.mean, outcome.standard_error
+        found = Grid(tried, means, errors)
+        setattr(get(rule), name, found.best)
+        return found
+
+    return fit

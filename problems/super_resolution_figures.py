@@ -1,0 +1,101 @@
+"""Pictures of the super-resolution study: reconstructions, the oracle's grid, learned weights, histories."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexlearn.problems.catalogue import Result
+from convexlearn.problems.images import TEST
+from convexlearn.report import new_axes, plot_history, plot_records
+
+SHOWN = ("astronaut", "camera", "chelsea")
+"""Test photographs in the picture of reconstructions."""
+
+LEFT_OUT = ("oracle rho",)
+"""Rules that look like another one in the picture."""
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """Axes by file name: reconstructions, records, and what the traces of a tuning run allow."""
+    axes = {"reconstructions": plot_reconstructions(result), "psnr": plot_records(result.records, "psnr")}
+    axes["psnr"].set_xlabel("PSNR on held-out photographs (dB)")
+    if "oracle rho" in result.traces:
+        axes["rho"] = plot_rho(result)
+    if "tuned weights" in result.rules:
+        axes["weights"] = plot_weights(result)
+    histories = {n: t for n, t in result.traces.items() if isinstance(t, list)}
+    if histories:
+        grid = new_axes(1, len(histories), (4.0 * len(histories), 3.0))
+        for ax, (name, history) in zip(grid.flat if len(histories) > 1 else [grid], histories.items()):
+            keys = [k for k in ("loss", "validation") if any(k in step for step in history)]
+            plot_history(history, keys, ax=ax).set_title(name)
+            ax.set_yscale("log")
+        axes["histories"] = grid.flat[0] if len(histories) > 1 else grid
+    return axes
+
+
+def plot_reconstructions(result: Result) -> Any:
+    """Truth, picture and every rule's decision, one photograph a row, with PSNR; returns the first Axes."""
+    rules = {name: rule for name, rule in result.rules.items() if name not in LEFT_OUT}
+    test = result.study.test.subset(torch.tensor([TEST.index(name) for name in SHOWN]))
+    columns = {"truth": test.s, "low-resolution": _trimmed(test.x, test.s)}
+    with torch.no_grad():
+        columns.update({name: test(rule).decision for name, rule in rules.items()})
+    grid = new_axes(len(SHOWN), len(columns), (1.9 * len(columns), 2.1 * len(SHOWN)))
+    for j, (name, pictures) in enumerate(columns.items()):
+        for i, picture in enumerate(pictures):
+            ax = grid[i, j]
+            ax.imshow(picture.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.set_title(name if i == 0 else "", fontsize=11)
+            if picture.shape == test.s[i].shape and j > 0:
+                ax.set_xlabel(f"{_psnr(picture, test.s[i]):.1f} dB", fontsize=9)
+    for i, name in enumerate(SHOWN):
+        grid[i, 0].set_ylabel(name, fontsize=11)
+    return grid[0, 0]
+
+
+def plot_rho(result: Result) -> Any:
+    """The test error over the oracle's grid, with the hand-set and the tuned value marked; returns the Axes."""
+    found, ax = result.traces["oracle rho"], new_axes()
+    ax.fill_between(
+        found.values,
+        found.means - found.standard_errors,
+        found.means + found.standard_errors,
+        alpha=0.2,
+        label="one standard error",
+    )
+    ax.plot(found.values, found.means, "o-", markersize=3, label="grid searched on the test photographs")
+    for name, style in (("hand-set rho", ":"), ("tuned rho", "-")):
+        value = result.rules[name].rule.rho.item()  # pyright: ignore
+        ax.axvline(value, color="C3", linestyle=style, label=f"{name} = {value:.2g}")
+    bicubic = result.record("bicubic").measure("mse").mean
+    ax.axhline(bicubic, color="0.5", linestyle="--", label="bicubic")
+    ax.set(xscale="log", yscale="log", xlabel="rho (intensity)", ylabel="mean squared error")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_weights(result: Result) -> Any:
+    """The tuned rho_i of each DCT coefficient, by vertical and horizontal frequency; returns the Axes."""
+    rho = result.rules["tuned weights"].rule.rho.detach()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    side = math.isqrt(len(rho) + 1)
+    values = torch.cat([rho.new_full((1,), math.nan), rho]).reshape(side, side)
+    ax = new_axes()
+    image = ax.imshow(values.numpy(), cmap="viridis")
+    ax.figure.colorbar(image, ax=ax, label="rho_i (intensity)")
+    ax.set(xlabel="horizontal frequency", ylabel="vertical frequency")
+    return ax
+
+
+def _trimmed(x: Tensor, s: Tensor) -> Tensor:
+    """The part of the pictures x that lies beneath the decisions s."""
+    margin = (x.shape[1] - s.shape[1] // 2) // 2
+    return x[:, margin:-margin, margin:-margin]
+
+
+def _psnr(picture: Tensor, truth: Tensor) -> float:
+    return -10 * math.log10(float((picture - truth).square().mean()))
