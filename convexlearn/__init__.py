@@ -6,11 +6,15 @@ from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
 from convexlearn.layer import ConvexLayer, LayerSolution
 from convexlearn.program.program import Status
+from convexlearn.riccati import dare, dlyap, lqr_gain
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.kalman import KalmanFilter
+from convexlearn.rules.lqg import LQG, LQR
 from convexlearn.rules.neural import NeuralRule
 from convexlearn.rules.parameters import Role
+from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.tune import tune
 
@@ -23,15 +27,22 @@ __all__ = [
     "Domain",
     "Evaluation",
     "History",
+    "KalmanFilter",
+    "LQG",
+    "LQR",
     "LayerSolution",
     "NeuralRule",
     "Role",
     "Simulator",
     "Status",
     "Trajectory",
+    "TreeRule",
     "as_rule",
+    "dare",
+    "dlyap",
     "errors",
     "evaluate",
+    "lqr_gain",
     "networks",
     "objectives",
     "simulate",

@@ -25,7 +25,7 @@ from convexlearn.layer_arguments import (
 )
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
-from convexlearn.program.declaration import Declaration
+from convexlearn.program.declaration import Declaration, quiet
 from convexlearn.program.program import Solution, Status
 from convexlearn.program.self_check import self_check
 from convexlearn.solvers import choose, find
@@ -174,7 +174,8 @@ class ConvexLayer(nn.Module):
         for parameter in copy.parameters:
             if parameter.name() in values:
                 value = values.pop(parameter.name())
-                parameter.value = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+                with quiet():
+                    parameter.value = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         for name in values:
             raise OptionError(f"no parameter named '{name}'; {suggest(name, self.parameter_names)}")
         return copy.problem
@@ -209,7 +210,7 @@ class ConvexLayer(nn.Module):
         limited = self._explicit_limit or is_limited(solver_args or {})
         call = _Call(self, self._map(batched), batched, size, options, limited, self._warm(warm_start, size))
         raw = _Solve.apply(call, *flat)
-        variables = tuple(r.to(dtype).reshape(*batch, *o.shape) for r, o in zip(raw, self._compiled.outputs))
+        variables = tuple(r.to(dtype).reshape((*batch, *o.shape)) for r, o in zip(raw, self._compiled.outputs))
         s = call.solution
         result = LayerSolution(
             variables, s.ok.reshape(batch), s.status.reshape(batch), s.iterations.reshape(batch),
@@ -340,10 +341,8 @@ class _Solve(torch.autograd.Function):
             offset[kind] = start + width
             if not ctx.needs_input_grad[f.index + 1]:
                 continue
-            if kind and varying is None:
-                g = torch.zeros_like(params[f.index])
-            else:
-                g = (varying if kind else shared)[:, start : start + width]
+            source = varying if kind else shared
+            g = torch.zeros_like(params[f.index]) if source is None else source[:, start : start + width]
             g = g / params[f.index] if f.log else g
             result[f.index] = g if result[f.index] is None else result[f.index] + g
         return None, *result

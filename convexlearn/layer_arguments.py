@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import fields, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
             raise MissingParameterError(f"parameter '{name}' is complex; pass a real tensor")
         return value
     try:
-        return torch.as_tensor(np.asarray(value, dtype=float))
+        array = np.asarray(value)
+        return torch.as_tensor(array if array.dtype in (np.float32, np.float64) else array.astype(float))
     except (TypeError, ValueError) as error:
         raise MissingParameterError(
             f"parameter '{name}' must be a tensor, an array or a number, got {type(value).__name__}"
@@ -91,12 +93,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def result_type(values: list[Tensor]) -> torch.dtype:
-    """torch.result_type over the tensors; integers count as the default dtype."""
-    dtype: torch.dtype | None = None
-    for v in values:
-        own = v.dtype if v.is_floating_point() else torch.get_default_dtype()
-        dtype = own if dtype is None else torch.promote_types(dtype, own)
-    return dtype or torch.get_default_dtype()
+    """torch.result_type over the tensors, so scalars yield to arrays; integers count as the default dtype."""
+    arrays, scalars = ([v.dtype for v in values if v.is_floating_point() and bool(v.dim()) == d] for d in (True, False))
+    if not arrays and any(v.dim() for v in values):
+        scalars.append(torch.get_default_dtype())
+    return reduce(torch.promote_types, arrays or scalars or [torch.get_default_dtype()])
 
 
 def batch_shape(compiled: Compiled, values: list[Tensor]) -> tuple[tuple[int, ...], tuple[bool, ...]]:

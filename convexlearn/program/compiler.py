@@ -14,7 +14,7 @@ from cvxpy.utilities import scopes
 
 from convexlearn.domains import Domain
 from convexlearn.errors import CompileError
-from convexlearn.program.declaration import Declaration, require_dpp
+from convexlearn.program.declaration import Declaration, quiet, require_dpp
 from convexlearn.program.program import Cones, Program, Sparsity
 
 CANONICAL_SOLVER = "SCS"  # takes every cone, and a quadratic objective natively
@@ -115,12 +115,14 @@ def canonicalize(declaration: Declaration, gp: bool, native_objective: bool, can
         dgp = Dgp2Dcp(problem)
         problem, _ = dgp.apply(problem)
     problem: Any = cp.Problem(problem.objective, problem.constraints)
-    with scopes.quad_form_dpp_scope():
-        data, chain, inverse = problem.get_problem_data(
-            CANONICAL_SOLVER,
-            canon_backend=canon_backend,
-            solver_opts={"use_quad_obj": native_objective},
-        )
+    with scopes.quad_form_dpp_scope(), quiet():
+        options = {"canon_backend": canon_backend, "solver_opts": {"use_quad_obj": native_objective}}
+        try:
+            data, chain, inverse = problem.get_problem_data(CANONICAL_SOLVER, **options)
+        except cp.SolverError as error:
+            raise CompileError(
+                f"CVXPY cannot canonicalize this problem ({error}); a linear objective needs at least one constraint"
+            ) from error
     unread = [k for k in ("dir_cones", "lower_bounds", "upper_bounds") if data.get(k) is not None]
     parametric = data[PARAM_PROB]
     if unread or parametric.dir_cones or parametric.constr_map[PowConeND]:
@@ -340,7 +342,8 @@ def _constraint_rows(canonical: Canonical) -> dict[int, tuple[Any, int]]:
 
 def _dual_recovery(dual: Any, constraint: Any, which: int, canonical: Canonical) -> Recovery:
     """A dual variable with CVXPY's sign and layout, one case per kind of cone."""
-    _, start = _constraint_rows(canonical)[canonical.constraint_ids.get(constraint.id, constraint.id)]
+    key: Any = canonical.constraint_ids.get(constraint.id, constraint.id)
+    _, start = _constraint_rows(canonical)[key]
     shape, scale = dual.shape, 1.0
     size = int(np.prod(shape, dtype=int))
     if isinstance(constraint, SOC):

@@ -1,6 +1,8 @@
 """Independent copies of CVXPY problems, and sentences about what is not DPP in them."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,8 @@ class Declaration:
             for c, copy in zip(problem.constraints, constraints)
             for old, new in zip(c.dual_variables, copy.dual_variables)
         }
+        for top in [objective, *constraints]:
+            _copy_hidden(top, leaves)
         copied = tuple(_copy_output(o, leaves, duals) for o in outputs)
         return cls(cp.Problem(objective, constraints), tuple(leaves[id(p)] for p in parameters), copied)
 
@@ -63,7 +67,7 @@ def _fresh_leaf(leaf: Any) -> Any:
     attributes = {k: v for k, v in leaf.attributes.items() if v is not None and v is not False}
     attributes.pop("bounds", None)
     copy = type(leaf)(leaf.shape, name=leaf.name(), **attributes)
-    copy.attributes["bounds"] = leaf.attributes["bounds"]
+    copy.bounds = copy.attributes["bounds"] = leaf.attributes["bounds"]
     copy._value = leaf._value
     return copy
 
@@ -72,7 +76,33 @@ def _copy_bounds(old: cp.Variable, leaves: dict) -> None:
     bounds = old.attributes["bounds"]
     if bounds is not None:
         copied = [b.tree_copy(id_objects=leaves) if isinstance(b, cp.Expression) else b for b in bounds]
-        leaves[id(old)].attributes["bounds"] = copied
+        leaf = leaves[id(old)]
+        leaf.bounds = leaf.attributes["bounds"] = copied
+
+
+def _copy_hidden(node: Any, leaves: dict) -> None:
+    """Replace parameters that an atom keeps beside its arguments (an exponent, huber's M): tree_copy leaves them."""
+    for name, value in list(vars(node).items()):
+        if isinstance(value, cp.Expression) and value.parameters():
+            setattr(node, name, value.tree_copy(id_objects=leaves))
+    for arg in node.args:
+        _copy_hidden(arg, leaves)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it CVXPY doesn't warn of dense values of sparse leaves, nor of the backend that it chooses itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a sparse CVXPY expression via", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*Defaulting to the .* backend", UserWarning)
+        yield
+
+
+def value_of(leaf: Any) -> Any:
+    """The leaf's value as a dense array, or None."""
+    with quiet():
+        value = leaf.value
+    return value.toarray() if hasattr(value, "toarray") else value
 
 
 def set_values(parameters: tuple[cp.Parameter, ...], values: list[np.ndarray]) -> None:

@@ -8,13 +8,16 @@ import numpy as np
 from convexlearn.program.elimination import Pivots
 from convexlearn.program.program import Program, Sparsity
 
+GRAM_PRODUCTS = 4000  # products from which a dense product beats a list of them
+
 
 @dataclass(frozen=True, eq=False)
 class Tape:
     """Straight-line program on one vector: value[out] += scale * value[left] * value[right], in order.
 
     The vector starts with P's and A's stored entries and a one; the rest starts at zero. The
-    results are its last entries: those of the reduced P, then those of the reduced A.
+    results are its last entries: those of the reduced P, then those of the reduced A. The `grams`
+    are added to them afterwards.
     """
 
     out: np.ndarray
@@ -23,6 +26,7 @@ class Tape:
     scale: np.ndarray
     size: int
     results: int
+    grams: tuple["Gram", ...] = ()
 
     @cached_property
     def ops(self) -> np.ndarray:
@@ -30,7 +34,7 @@ class Tape:
         return np.ascontiguousarray(np.stack([self.out, self.left, self.right]))
 
     def run(self, P: np.ndarray, A: np.ndarray) -> np.ndarray:
-        """All results (len,) of one sample in plain numpy; NaN entries mark those that depend on NaN."""
+        """The results (len,) of one sample in plain numpy without the grams; NaN where they depend on NaN."""
         value = np.zeros(self.size)
         value[: len(P) + len(A)] = np.concatenate([P, A])
         value[len(P) + len(A)] = 1.0
@@ -40,6 +44,19 @@ class Tape:
             k = slice(start, end)
             value[self.out[start]] += np.sum(self.scale[k] * value[self.left[k]] * value[self.right[k]])
         return value[self.size - self.results :]
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Dense products E'DE of rows with one pattern: value[position] += sum_p value[left[p]]' value[right[p]].
+
+    left, right: (rows, size) slots; position: slots of the upper triangle, row by row; scale: (rows,).
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    position: np.ndarray
+    scale: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +91,10 @@ class _Builder:
         self.size += len(unique)
         return unique, slots
 
-    def tape(self, results: int) -> Tape:
+    def tape(self, results: int, grams: tuple[Gram, ...]) -> Tape:
         """Everything collected so far."""
         out, left, right = (np.concatenate([p[i] for p in self.parts]).astype(np.int32) for i in range(3))
-        return Tape(out, left, right, np.concatenate([p[3] for p in self.parts]), self.size, results)
+        return Tape(out, left, right, np.concatenate([p[3] for p in self.parts]), self.size, results, grams)
 
 
 def substitute(program: Program, pivots: Pivots) -> Substituted:
@@ -91,11 +108,13 @@ def substitute(program: Program, pivots: Pivots) -> Substituted:
     builder = _Builder(one + 1)
     definitions = _definitions(program, pivots, builder, one)
     weighted = _weighted(program, pivots, definitions, builder, one)
-    keys, _ = builder.section(_quadratic_terms(program, definitions, weighted, one))
+    groups = _groups(program, definitions)
+    keys, slots = builder.section(_quadratic_terms(program, definitions, weighted, one, groups))
+    grams = tuple(_gram(program, definitions, weighted, group, keys, slots) for group in groups)
     P = _pattern(keys, program.n, (program.n, program.n))
     keys, _ = builder.section(_constraint_terms(program, pivots, definitions, one))
     A = _pattern(keys, max(program.m, 1), (program.m, program.n))
-    return Substituted(P, A, builder.tape(P.nnz + A.nnz))
+    return Substituted(P, A, builder.tape(P.nnz + A.nnz, grams))
 
 
 Combination = tuple[np.ndarray, np.ndarray]  # variables that stay, and the slots of their coefficients
@@ -147,15 +166,44 @@ def _weighted(
     return weighted
 
 
+def _groups(program: Program, definitions: dict[int, Combination]) -> list[list[int]]:
+    """Diagonal entries of P whose eliminated variables combine the same others, where a dense product pays."""
+    groups: dict[bytes, list[int]] = {}
+    for entry, (row, col) in enumerate(zip(program.P.rows.tolist(), program.P.cols.tolist())):
+        if row == col and row in definitions:
+            groups.setdefault(definitions[row][0].tobytes(), []).append(entry)
+    size = {key: len(key) // 8 for key in groups}
+    return [group for key, group in groups.items() if len(group) * size[key] ** 2 >= GRAM_PRODUCTS]
+
+
+def _gram(
+    program: Program, definitions: dict, weighted: dict, group: list[int], keys: np.ndarray, slots: np.ndarray
+) -> Gram:
+    """The dense product of a group; `keys` and `slots` are those of the reduced P."""
+    combinations = [definitions[int(program.P.rows[entry])] for entry in group]
+    variables = combinations[0][0]
+    i, j = np.triu_indices(len(variables))
+    position = slots[np.searchsorted(keys, variables[j] * program.n + variables[i])]
+    left = np.stack([weighted[entry][0] for entry in group])
+    right = np.stack([own for _, own in combinations])
+    scale = np.array([weighted[entry][1] for entry in group])
+    return Gram(left.astype(np.int32), right.astype(np.int32), position.astype(np.int32), scale)
+
+
 def _quadratic_terms(
-    program: Program, definitions: dict[int, Combination], weighted: dict, one: int
+    program: Program, definitions: dict[int, Combination], weighted: dict, one: int, groups: list[list[int]]
 ) -> list[tuple]:
-    """Terms of the upper triangle of the reduced P, keyed col * n + row."""
+    """Terms of the upper triangle of the reduced P, keyed col * n + row; those of groups only as places."""
     rows, cols = program.P.rows, program.P.cols
     stays = np.array([r not in definitions and c not in definitions for r, c in zip(rows.tolist(), cols.tolist())])
     keep = np.flatnonzero(stays) if len(rows) else np.zeros(0, np.int64)
-    terms = [(cols[keep].astype(np.int64) * program.n + rows[keep], keep, one, 1.0)]
-    for entry in np.setdiff1d(np.arange(len(rows)), keep).tolist():
+    terms: list[tuple] = [(cols[keep].astype(np.int64) * program.n + rows[keep], keep, one, 1.0)]
+    for group in groups:
+        variables, _ = definitions[int(rows[group[0]])]
+        i, j = np.triu_indices(len(variables))
+        terms.append((variables[j] * program.n + variables[i], one, one, 0.0))
+    grouped = np.array([entry for group in groups for entry in group], dtype=np.int64)
+    for entry in np.setdiff1d(np.arange(len(rows)), np.concatenate([keep, grouped])).tolist():
         row, col = int(rows[entry]), int(cols[entry])
         if entry in weighted:
             slots, factor = weighted[entry]
@@ -184,9 +232,7 @@ def _products(n: int, definitions: dict, pair: tuple[int, int], slots: np.ndarra
     return [(high * n + low, slots[a], right[b], scale)]
 
 
-def _constraint_terms(
-    program: Program, pivots: Pivots, definitions: dict[int, Combination], one: int
-) -> list[tuple]:
+def _constraint_terms(program: Program, pivots: Pivots, definitions: dict[int, Combination], one: int) -> list[tuple]:
     """Terms of the reduced A, keyed col * m + row; the rows of the pivots are gone."""
     gone = np.zeros(program.m, dtype=bool)
     gone[pivots.rows] = True

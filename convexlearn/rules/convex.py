@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from convexlearn.domains import Domain
 from convexlearn.errors import CompileError, MissingParameterError, OptionError, ShapeError, suggest
 from convexlearn.layer import ConvexLayer, LayerSolution
-from convexlearn.layer_arguments import result_type
+from convexlearn.layer_arguments import as_tensor, result_type
+from convexlearn.program.declaration import value_of
 from convexlearn.rules.base import DecisionRule, Role, as_tuple
 from convexlearn.solvers.base import Solver
 
@@ -79,7 +80,7 @@ class ConvexRule(DecisionRule):
         self._keep_arguments(context, learned, features, solver, on_failure, fallback, gp, solver_args)
 
     def _declare(self, parameter: Any, learned: bool) -> None:
-        name, value = parameter.name(), parameter.value
+        name, value = parameter.name(), value_of(parameter)
         if learned and name == f"param{parameter.id}":
             raise OptionError(
                 f"the learned parameter {name} {parameter.shape} needs a name: cp.Parameter(..., name='rho')"
@@ -117,7 +118,7 @@ class ConvexRule(DecisionRule):
         warm = memory.solution if memory is not None else False
         result = self.layer.solve(**arguments, warm_start=warm)
         self.layer.judge(result)
-        dtype = result_type([arguments[n] for n in self.context_names if isinstance(arguments[n], Tensor)])
+        dtype = result_type([as_tensor(n, arguments[n]) for n in self.context_names])
         decision = tuple(v.to(dtype) for v in result.variables)
         if self._rollout and memory is not None and not bool(result.ok.all()):
             decision = tuple(

@@ -5,8 +5,9 @@ from convexlearn.program.program import Program
 from convexlearn.solvers.base import Options, Solver
 from convexlearn.solvers.diffcp import Diffcp
 from convexlearn.solvers.quadratic.dense import Dense
+from convexlearn.solvers.quadratic.solver import Quadratic
 
-SOLVERS: dict[str, type[Solver]] = {Dense.name: Dense, Diffcp.name: Diffcp}
+SOLVERS: dict[str, type[Solver]] = {Quadratic.name: Quadratic, Dense.name: Dense, Diffcp.name: Diffcp}
 
 __all__ = ["SOLVERS", "Options", "Solver", "choose", "find"]
 
@@ -24,4 +25,4 @@ def find(solver: str | Solver) -> Solver:
 
 def choose(program: Program) -> Solver:
     """The default: a quadratic solver for QPs and LPs, diffcp for the other cones."""
-    return Dense() if program.cones.polyhedral else Diffcp()
+    return Quadratic() if program.cones.polyhedral else Diffcp()

@@ -23,6 +23,7 @@ from convexlearn.solvers.base import (
 
 CERTIFICATE_TOLERANCE = 1e-7
 REGULARIZATION = 1e-11
+SHIFT = 1e-10  # of the equilibrated optimality conditions
 EQUILIBRATIONS = 12
 POLISH_ROUNDS = 4
 MU_FLOOR = 1e-14  # below it rounding dominates; the polish decides
@@ -48,9 +49,7 @@ class Dense:
         """Only the zero cone and the nonnegative orthant."""
         return None if program.cones.polyhedral else "it solves QPs and LPs only"
 
-    def solve(
-        self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None
-    ) -> Solution:
+    def solve(self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None) -> Solution:
         """Solve every sample; `warm` is tried as an active set before the interior point runs."""
         problem = _Problem.of(program, data.expanded())
         if warm is not None and warm.x.shape == (data.batch, program.n) and bool(warm.ok.all()):
@@ -73,7 +72,6 @@ class Dense:
         wx, wz = w[:, : solution.program.n], a * w[:, solution.program.n :]
         return _data_gradient(solution, x, z, torch.where(ok, wx, 0.0), torch.where(ok, wz, 0.0))
 
-
     def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
         """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
         active = solution.private[0] > 0.5
@@ -86,9 +84,8 @@ def _data_gradient(solution: Solution, x: Tensor, z: Tensor, wx: Tensor, wz: Ten
     gP = -(wx[:, row] * x[:, col] + wx[:, col] * x[:, row]) * torch.where(row == col, 0.5, 1.0)
     row, col = (torch.as_tensor(i, device=x.device).long() for i in (program.A.rows, program.A.cols))
     gA = -(z[:, row] * wx[:, col] + wz[:, row] * x[:, col])
-    gradients = []
-    for name, g in zip(ProgramData.FIELDS, (gP, -wx, gA, wz)):
-        gradients.append(g.sum(0, keepdim=True) if data.shared(name) and data.batch != 1 else g)
+    found = zip(ProgramData.FIELDS, (gP, -wx, gA, wz))
+    gradients = (g.sum(0, keepdim=True) if data.shared(name) and data.batch != 1 else g for name, g in found)
     return ProgramData(*gradients, batch=data.batch)
 
 
@@ -117,28 +114,37 @@ def _solve_kkt(problem: _Problem, a: Tensor, d: Tensor, rhs: Tensor, transposed:
     K.diagonal(dim1=1, dim2=2)[:, n:] -= d
     if transposed:
         K = K.mT.contiguous()
-    scale = K.abs().amax((1, 2)).clamp(min=1.0) if n + m else rhs.new_ones(len(rhs))
+    if n + m == 0:
+        return rhs
+    R, C = _equilibrate_rows_and_columns(K)
+    K, rhs = R[:, :, None] * K * C[:, None, :], (R * rhs)[:, :, None]
     regularized = K.clone()
-    shift = 1e-10 * scale[:, None]
-    regularized.diagonal(dim1=1, dim2=2)[:, :n] += shift
-    regularized.diagonal(dim1=1, dim2=2)[:, n:] -= shift
+    regularized.diagonal(dim1=1, dim2=2)[:, :n] += SHIFT
+    regularized.diagonal(dim1=1, dim2=2)[:, n:] -= SHIFT
     factor, pivots, info = torch.linalg.lu_factor_ex(regularized)
-    factor = torch.where(
-        (info > 0)[:, None, None], torch.eye(n + m, dtype=rhs.dtype, device=rhs.device), factor
-    )
-    v = torch.linalg.lu_solve(factor, pivots, rhs[:, :, None])
-    best = (rhs[:, :, None] - K @ v).abs().amax((1, 2)) if n + m else None
+    factor = torch.where((info > 0)[:, None, None], torch.eye(n + m, dtype=rhs.dtype, device=rhs.device), factor)
+    v = torch.linalg.lu_solve(factor, pivots, rhs)
+    best = (rhs - K @ v).abs().amax((1, 2))
     for _ in range(6):
-        if best is None or not bool((best > 0).any()):
-            break
-        update = v + torch.linalg.lu_solve(factor, pivots, rhs[:, :, None] - K @ v)
-        error = (rhs[:, :, None] - K @ update).abs().amax((1, 2))
+        update = v + torch.linalg.lu_solve(factor, pivots, rhs - K @ v)
+        error = (rhs - K @ update).abs().amax((1, 2))
         better = error < best
         if not bool(better.any()):
             break
         v = torch.where(better[:, None, None], update, v)
         best = torch.where(better, error, best)
-    return v[:, :, 0]
+    return C * v[:, :, 0]
+
+
+def _equilibrate_rows_and_columns(K: Tensor) -> tuple[Tensor, Tensor]:
+    """Scalings (B, k) of rows and columns that bring the largest entries of K (B, k, k) near 1 (Ruiz, 2001)."""
+    R, C, size = K.new_ones(K.shape[:2]), K.new_ones(K.shape[:2]), K.abs()
+    for _ in range(3):
+        scaled = R[:, :, None] * size * C[:, None, :]
+        row, column = scaled.amax(2), scaled.amax(1)
+        R = R / torch.where(row > 1e-12, row, 1.0).sqrt()
+        C = C / torch.where(column > 1e-12, column, 1.0).sqrt()
+    return R, C
 
 
 def _polish(problem: _Problem, x: Tensor, z: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,12 +227,12 @@ class _InteriorPoint:
         solved = best <= max(self.options.tolerance, 1e-9)  # the polish does the rest
         return status, open_ & ~infeasible & ~unbounded & ~solved & ~stuck
 
-    def _finish(
-        self, data: ProgramData, point: tuple[Tensor, Tensor, Tensor], status: Tensor, iterations: Tensor
-    ) -> Solution:
+    def _finish(self, data: ProgramData, point: tuple[Tensor, ...], status: Tensor, iterations: Tensor) -> Solution:
         x, z, s = point
         certified = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
-        ratio = z / (z + s).clamp(min=1e-300)
+        # which of s and z is larger depends on the scale of the row: compare them equilibrated
+        z_, s_ = z * self.cost[:, None] / self.E, s * self.E
+        ratio = z_ / (z_ + s_).clamp(min=1e-300)
         ratio[:, : self.zero] = 1.0
         xp, zp, a, d = _polish(self.original, x, z, ratio > 0.5)
         residual = polyhedral_residual(self.program, self.original.data, xp, zp)
@@ -234,8 +240,7 @@ class _InteriorPoint:
         kept = (xp == x).all(1, keepdim=True) & (residual > self.options.tolerance)[:, None]
         a, d = torch.where(kept, ratio, a), torch.where(kept, 1 - ratio, d)
         status = torch.where(certified, status, status_from_residual(residual))
-        nan = x.new_full((), torch.nan)
-        xp, zp = (torch.where(certified[:, None], nan, v) for v in (xp, zp))
+        xp, zp = (torch.where(certified[:, None], torch.nan, v) for v in (xp, zp))
         residual = torch.where(certified, torch.inf, residual)
         return Solution(self.program, data, xp, zp, status, iterations, residual, (a, d))
 
@@ -325,38 +330,22 @@ class _InteriorPoint:
         alpha = (0.99 * self._length(direction)).clamp(max=1.0)
         finite = torch.isfinite(torch.cat([direction[0], direction[1]], 1)).all(1)
         alpha = torch.where(open_ & finite, alpha, 0.0)
-        steps = [
-            torch.where(alpha[:, None] > 0, d, 0.0) if d.dim() == 2 else torch.where(alpha > 0, d, 0.0)
-            for d in direction
-        ]
-        self.x = self.x + alpha[:, None] * steps[0]
-        self.z = self.z + alpha[:, None] * steps[1]
-        self.s = self.s + alpha[:, None] * steps[2]
-        self.tau, self.kappa = self.tau + alpha * steps[3], self.kappa + alpha * steps[4]
+        state = (self.x, self.z, self.s, self.tau, self.kappa)
+        lengths = (alpha[:, None],) * 3 + (alpha,) * 2
+        self.x, self.z, self.s, self.tau, self.kappa = (
+            v + torch.where(a > 0, a * d, 0.0) for v, a, d in zip(state, lengths, direction)
+        )
         self._mu()
 
-    def _direction(
-        self, residuals: tuple[Tensor, Tensor, Tensor], ds: Tensor, dkappa: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _direction(self, residuals: tuple[Tensor, Tensor, Tensor], ds: Tensor, dkappa: Tensor) -> tuple[Tensor, ...]:
         """(dx, dz, ds, dtau, dkappa); `ds` is the complementarity term divided by z, `dkappa` by 1."""
         rx, rz, rtau = residuals
         x1, z1 = self._solve(rx, ds - rz)
         x2, z2 = self.constant
         ratio = self.kappa / self.tau
-        numerator = (
-            rtau
-            - dkappa / self.tau
-            + (self.q * x1).sum(1)
-            + (self.b * z1).sum(1)
-            + 2 * (self.Pxi * x1).sum(1)
-        )
-        denominator = (
-            ratio
-            + (self.xi * self.Pxi).sum(1)
-            - 2 * (self.Pxi * x2).sum(1)
-            - (self.q * x2).sum(1)
-            - (self.b * z2).sum(1)
-        )
+        numerator = rtau - dkappa / self.tau + (self.q * x1).sum(1) + (self.b * z1).sum(1) + 2 * (self.Pxi * x1).sum(1)
+        denominator = ratio + (self.xi * self.Pxi).sum(1) - 2 * (self.Pxi * x2).sum(1)
+        denominator = denominator - (self.q * x2).sum(1) - (self.b * z2).sum(1)
         dtau = numerator / denominator
         dx, dz = x1 + dtau[:, None] * x2, z1 + dtau[:, None] * z2
         slack = -(ds + self.h * dz)
@@ -366,9 +355,7 @@ class _InteriorPoint:
     def _length(self, direction: tuple[Tensor, ...]) -> Tensor:
         """(B,) largest step in (0, 1] that keeps s, z, tau, kappa nonnegative."""
         _, dz, ds, dtau, dkappa = direction
-        now = torch.cat(
-            [self.s[:, self.zero :], self.z[:, self.zero :], self.tau[:, None], self.kappa[:, None]], 1
-        )
+        now = torch.cat([self.s[:, self.zero :], self.z[:, self.zero :], self.tau[:, None], self.kappa[:, None]], 1)
         step = torch.cat([ds[:, self.zero :], dz[:, self.zero :], dtau[:, None], dkappa[:, None]], 1)
         return torch.where(step < 0, -now / step, torch.inf).amin(1).clamp(max=1.0)
 
@@ -386,26 +373,28 @@ def _equilibrate(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
             E = E / torch.where(row > 1e-12, row, 1.0).sqrt()
         D = D / torch.where(column > 1e-12, column, 1.0).sqrt()
     D, E = D.clamp(1e-6, 1e6), E.clamp(1e-6, 1e6)
-    size = (
-        torch.maximum((D * q).abs().amax(1), (D[:, :, None] * P * D[:, None, :]).abs().mean(1).amax(1))
-        if q.shape[1]
-        else q.new_ones(len(q))
-    )
+    if q.shape[1] == 0:
+        return D, E, q.new_ones(len(q))
+    size = torch.maximum((D * q).abs().amax(1), (D[:, :, None] * P * D[:, None, :]).abs().mean(1).amax(1))
     return D, E, 1 / torch.where(size > 1e-12, size, 1.0)
 
 
-def active_set_solution(
-    program: Program, fields: tuple[Tensor, ...], active: Tensor
-) -> tuple[Tensor, Tensor]:
+def active_set_solution(program: Program, fields: tuple[Tensor, ...], active: Tensor) -> tuple[Tensor, Tensor]:
     """x (B, n) and z (B, m) as torch-differentiable functions of the data at a fixed active set (B, m).
 
-    Exact to every order of differentiation wherever the active set is locally constant.
+    Exact to every order of differentiation wherever the active set is locally constant. The shift (refinement
+    undoes it) keeps redundant rows and failed samples from making the system singular.
     """
     P, q, A, b = fields
     upper, dense = program.P.dense(P), program.A.dense(A)
     P, a = upper + upper.triu(1).mT, active.to(q.dtype)
     top = torch.cat([P.expand(len(a), -1, -1), dense.mT.expand(len(a), -1, -1)], 2)
     bottom = torch.cat([a[:, :, None] * dense, -torch.diag_embed(1 - a)], 2)
-    rhs = torch.cat([-q.expand(len(a), -1), a * b], 1)
-    v = torch.linalg.solve(torch.cat([top, bottom], 1), rhs)
-    return v[:, : program.n], v[:, program.n :]
+    K, rhs = torch.cat([top, bottom], 1), torch.cat([-q.expand(len(a), -1), a * b], 1)[:, :, None]
+    sign = torch.cat([q.new_full((program.n,), SHIFT), q.new_full((program.m,), -SHIFT)])
+    size = K.detach().abs().amax((1, 2), keepdim=True).clamp(min=1.0)
+    factor = torch.linalg.lu_factor(K + size * sign.diag())
+    v = torch.linalg.lu_solve(*factor, rhs)
+    for _ in range(3):
+        v = v + torch.linalg.lu_solve(*factor, rhs - K @ v)
+    return v[:, : program.n, 0], v[:, program.n :, 0]

@@ -1,0 +1,1 @@
+"""Workloads, peers, and one command that prints a table of times, ratios and errors."""

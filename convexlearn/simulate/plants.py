@@ -1,0 +1,399 @@
+"""Plants: torch functions z+ = f(z, u, w) with explicit noise, batch first, and their units.
+
+Each plant is a frozen dataclass that is called as `plant(z, u, w)` and has the functions that
+`ClosedLoop` takes: `noise(batch, t, generator)`, `initial(batch, generator)`, and where the source
+fixes them `observe(z, t, w)` and `stage_cost(z, u)`. Quantities without a unit are dimensionless.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexlearn.errors import DomainError, OptionError, ShapeError
+
+DOUBLE = torch.float64
+
+
+def random_linear(seed: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """A `(n, n)` of spectral radius 1 and B `(n, m)`, as numpy's legacy generator draws them from `seed`.
+
+    The LQR instance of Agrawal, Barratt, Boyd, Stellato (Learning convex optimization control policies) is
+    (0, 4, 2), box LQR (1, 8, 2).
+
+    >>> A, B = random_linear(0, 4, 2)
+    >>> round(torch.linalg.eigvals(A).abs().max().item(), 12), B.shape
+    (1.0, torch.Size([4, 2]))
+    """
+    rng = np.random.RandomState(seed)
+    A = rng.randn(n, n)
+    A /= np.abs(np.linalg.eigvals(A)).max()
+    return torch.tensor(A), torch.tensor(rng.randn(n, m))
+
+
+class Noise(NamedTuple):
+    """Process noise `(B, n)` and observation noise `(B, p)` (None without observations)."""
+
+    process: Tensor
+    observation: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGaussian:
+    """z+ = A z + B u + v, x = C z + w with v ~ N(0, V), w ~ N(0, W) (Eq. 7 of the paper).
+
+    A `(n, n)`, B `(n, m)`, V `(n, n)`; C `(p, n)` and W `(p, p)` for partial observations, else x = z.
+    z_0 ~ N(0, start) with start `(n, n)`, the identity by default. limit: the actuators clip u to
+    [-limit, limit]. Q `(n, n)` and R `(m, m)` weigh the stage cost z'Qz + u'Ru, identity by default.
+
+    >>> plant = LinearGaussian(*random_linear(0, 4, 2), V=0.25 * torch.eye(4).double())
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> z = plant.initial(3, generator)
+    >>> plant(z, torch.zeros(3, 2).double(), plant.noise(3, 0, generator)).shape
+    torch.Size([3, 4])
+    """
+
+    A: Tensor
+    B: Tensor
+    V: Tensor
+    _: KW_ONLY
+    C: Tensor | None = None
+    W: Tensor | None = None
+    start: Tensor | None = None
+    limit: float | None = None
+    Q: Tensor | None = None
+    R: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, m = len(self.A), self.B.shape[-1]
+        p = n if self.C is None else len(self.C)
+        wanted = {"A": (n, n), "B": (n, m), "V": (n, n), "C": (p, n), "W": (p, p)}
+        wanted |= {"start": (n, n), "Q": (n, n), "R": (m, m)}
+        for name, shape in wanted.items():
+            matrix = getattr(self, name)
+            if matrix is not None and tuple(matrix.shape) != shape:
+                raise ShapeError(f"LinearGaussian: {name} must have shape {shape}, got {tuple(matrix.shape)}")
+        _ = self._roots  # refuses what is no covariance
+        if self.W is not None and self.C is None:
+            raise OptionError("LinearGaussian: W is observation noise; give C too, for instance the identity")
+
+    def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
+        """z+ `(B, n)` for z `(B, n)`, u `(B, m)`; w is process noise `(B, n)` or Noise."""
+        if self.limit is not None:
+            u = u.clamp(-self.limit, self.limit)
+        following = z @ self.A.to(z.dtype).mT + u @ self.B.to(z.dtype).mT
+        return following + (w if isinstance(w, Tensor) else w[0])
+
+    def observe(self, z: Tensor, t: int, w: Any) -> Tensor:
+        """x `(B, p)`: C z plus observation noise where w is Noise."""
+        x = z if self.C is None else z @ self.C.to(z.dtype).mT
+        return x if isinstance(w, Tensor) or w[1] is None else x + w[1]
+
+    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
+        """z'Qz + u'Ru `(B,)`."""
+        return _quadratic(z, self.Q) + _quadratic(u, self.R)
+
+    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
+        """z_0 `(batch, n)`."""
+        z = torch.randn(batch, len(self.A), generator=generator, dtype=self.A.dtype)
+        return z if self.start is None else z @ self._roots["start"].mT
+
+    def noise(self, batch: int, t: int, generator: torch.Generator) -> Any:
+        """v `(batch, n)`, or Noise (v, w) where W is given."""
+        v, w = (
+            None if M is None else torch.randn(batch, len(M), generator=generator, dtype=M.dtype) @ M.mT
+            for M in (self._roots["V"], self._roots.get("W"))
+        )
+        return v if w is None else Noise(v, w)  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def _roots(self) -> dict[str, Tensor]:
+        given = ((name, getattr(self, name)) for name in ("V", "W", "start"))
+        return {name: _root(name, matrix) for name, matrix in given if matrix is not None}
+
+
+class VehicleNoise(NamedTuple):
+    """Standard normal eps `(B, 3)`; where the curvature or the wanted speed is redrawn, and to what `(B,)`."""
+
+    eps: Tensor
+    turns: Tensor
+    curvature: Tensor
+    changes: Tensor
+    speed: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vehicle:
+    """Lane keeping (Agrawal and others, section 5.3): z = (e, psi, v, v_wanted, kappa), u = (a, s).
+
+    e distance from the lane [m], psi heading error [rad], v speed and v_wanted [m/s], kappa curvature of the
+    road [1/m]; a acceleration [m/s^2], s = tan(steering angle) - L kappa. step h [s], wheelbase L [m]. The model
+    has a pole at e kappa = 1.
+
+    >>> road = Vehicle()
+    >>> z = road.initial(1, torch.Generator())
+    >>> road.stage_cost(z, torch.zeros(1, 2))
+    tensor([2.5100], dtype=torch.float64)
+    """
+
+    step: float = 0.2
+    wheelbase: float = 2.8
+
+    def predict(self, z: Tensor, u: Tensor) -> Tensor:
+        """z+ `(B, 5)` without noise."""
+        e, psi, v, wanted, kappa = z.unbind(-1)
+        a, s = u.unbind(-1)
+        turn = kappa + s / self.wheelbase - kappa * torch.cos(psi) / (1 - e * kappa)
+        moved = (e + self.step * v * torch.sin(psi), psi + self.step * v * turn, v + self.step * a)
+        return torch.stack([*moved, wanted, kappa], -1)
+
+    def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
+        """z+ `(B, 5)` for z `(B, 5)`, u `(B, 2)` and VehicleNoise w."""
+        eps, turns, curvature, changes, speed = w
+        moved, wanted, kappa = self.predict(z, u)[..., :3], z[..., 3], z[..., 4]
+        scale = eps.new_tensor([0.1, 0.01, 0.1])
+        wanted, kappa = torch.where(changes, speed, wanted), torch.where(turns, curvature, kappa)
+        return torch.cat([moved + scale * eps, wanted[..., None], kappa[..., None]], -1)
+
+    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
+        """(v - v_wanted)^2 + e^2 + psi^2 + 10 a^2 + 10 s^2, `(B,)`."""
+        e, psi, v, wanted, _ = z.unbind(-1)
+        return (v - wanted).square() + e.square() + psi.square() + 10 * u.square().sum(-1)
+
+    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
+        """z_0 = (0.5, 0.1, 3, 4.5, 0) `(batch, 5)`."""
+        return torch.tensor([0.5, 0.1, 3.0, 4.5, 0.0], dtype=DOUBLE).expand(batch, 5)
+
+    def noise(self, batch: int, t: int, generator: torch.Generator) -> VehicleNoise:
+        """With probability 0.05 a new curvature 0.1 N(0, 1), with 0.02 a new wanted speed U(3, 6)."""
+        normal = torch.randn(batch, 4, generator=generator, dtype=DOUBLE)
+        uniform = torch.rand(batch, 3, generator=generator, dtype=DOUBLE)
+        turns, changes = uniform[:, 0] < 0.05, uniform[:, 1] < 0.02
+        return VehicleNoise(normal[:, :3], turns, 0.1 * normal[:, 3], changes, 3 + 3 * uniform[:, 2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupplyChain:
+    """Four warehouses, two suppliers, two consumers (Agrawal and others, section 5.4).
+
+    z = (h, p, d) `(B, 8)`: stock h (4), prices p of the suppliers (2), demands d of the consumers (2). u `(B, 8)`:
+    amounts moved along supplier 1 to 1, supplier 2 to 2, 1 to 3, 1 to 4, 2 to 4, 4 to 3, 3 to consumer 1, 4 to
+    consumer 2. A rule keeps 0 <= u <= 2, leaving @ u <= h, h+ <= 3 and sales u[6:] <= d; the plant does not check.
+    Stock in units of goods, one price unit buys one of them at ln p = 0.
+
+    >>> chain = SupplyChain()
+    >>> chain.entering.sum(0), chain.leaving.sum(0)
+    (tensor([1., 1., 1., 1., 1., 1., 0., 0.]), tensor([0., 0., 1., 1., 1., 1., 1., 1.]))
+    """
+
+    moving: float = 0.05
+    storing: float = 0.01
+    revenue: float = 1.3
+
+    @property
+    def entering(self) -> Tensor:
+        """`(4, 8)`: 1 where a link ends in a warehouse."""
+        return _incidence((0, 1, 2, 3, 3, 2, None, None))
+
+    @property
+    def leaving(self) -> Tensor:
+        """`(4, 8)`: 1 where a link starts in a warehouse."""
+        return _incidence((None, None, 0, 0, 1, 3, 2, 3))
+
+    def __call__(self, z: Tensor, u: Tensor, w: Tensor) -> Tensor:
+        """z+ `(B, 8)`; w `(B, 4)` are the next prices and demands."""
+        change = (self.entering - self.leaving).to(u)
+        return torch.cat([z[..., :4] + u @ change.mT, w], -1)
+
+    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
+        """Purchases and moves less sales, plus storage 0.01 (h + h^2), `(B,)`."""
+        stock, prices = z[..., :4], z[..., 4:6]
+        bought, moved, sold = u[..., :2], u[..., 2:6], u[..., 6:]
+        trade = (prices * bought).sum(-1) + self.moving * moved.sum(-1) - self.revenue * sold.sum(-1)
+        return trade + self.storing * (stock + stock.square()).sum(-1)
+
+    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
+        """h_0 ~ U(0, 3), prices and demands as in `noise`."""
+        stock = 3 * torch.rand(batch, 4, generator=generator, dtype=DOUBLE)
+        return torch.cat([stock, self.noise(batch, 0, generator)], -1)
+
+    def noise(self, batch: int, t: int, generator: torch.Generator) -> Tensor:
+        """Prices and demands `(batch, 4)`: ln p ~ N((0, 0.1), 0.04 I), ln d ~ N((0, 0.4), 0.04 I)."""
+        normal = torch.randn(batch, 4, generator=generator, dtype=DOUBLE)
+        return torch.exp(normal.new_tensor([0.0, 0.1, 0.0, 0.4]) + 0.2 * normal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pendulum:
+    """A rod to swing up: z = (angle [rad], 0 upright; speed [rad/s]), u torque `(B, 1)` [N m], w `(B, 2)` is added.
+
+    Step [s], gravity [m/s^2], mass [kg], length [m]; torque and speed are clipped: Gymnasium's Pendulum-v1.
+
+    >>> Pendulum()(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1), 0.0)
+    tensor([[0.0500, 1.0000]])
+    """
+
+    step: float = 0.05
+    gravity: float = 10.0
+    mass: float = 1.0
+    length: float = 1.0
+    torque: float = 2.0
+    speed: float = 8.0
+
+    def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
+        """z+ `(B, 2)`."""
+        angle, speed = z.unbind(-1)
+        torque = u[..., 0].clamp(-self.torque, self.torque)
+        push = 3 * self.gravity / (2 * self.length) * torch.sin(angle) + 3 / (self.mass * self.length**2) * torque
+        speed = (speed + self.step * push).clamp(-self.speed, self.speed)
+        return torch.stack([angle + self.step * speed, speed], -1) + w
+
+    def observe(self, z: Tensor, t: int, w: Any) -> Tensor:
+        """(cos angle, sin angle, speed) `(B, 3)`."""
+        return torch.stack([torch.cos(z[..., 0]), torch.sin(z[..., 0]), z[..., 1]], -1)
+
+    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
+        """angle^2 + 0.1 speed^2 + 0.001 torque^2 `(B,)`, the angle brought into [-pi, pi)."""
+        angle = torch.remainder(z[..., 0] + math.pi, 2 * math.pi) - math.pi
+        torque = u[..., 0].clamp(-self.torque, self.torque)
+        return angle.square() + 0.1 * z[..., 1].square() + 0.001 * torque.square()
+
+    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Angle U(-pi, pi), speed U(-1, 1)."""
+        uniform = 2 * torch.rand(batch, 2, generator=generator, dtype=DOUBLE) - 1
+        return uniform * uniform.new_tensor([math.pi, 1.0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CartPole:
+    """A pole on a cart: z = (place [m], speed [m/s], angle [rad], 0 upright, angular speed [rad/s]).
+
+    u `(B, 1)` is the force in units of `force` [N], clipped to [-1, 1]; half_length [m] is half the pole's. The
+    equations of Gymnasium's CartPole-v1, whose two actions are u = -1 and 1; w `(B, 4)` is added to the state.
+
+    >>> CartPole()(torch.zeros(1, 4), torch.ones(1, 1), 0.0)[0, 1].item() > 0
+    True
+    """
+
+    step: float = 0.02
+    gravity: float = 9.8
+    cart: float = 1.0
+    pole: float = 0.1
+    half_length: float = 0.5
+    force: float = 10.0
+
+    def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
+        """z+ `(B, 4)`."""
+        _, speed, angle, turning = z.unbind(-1)
+        sin, cos, total = torch.sin(angle), torch.cos(angle), self.cart + self.pole
+        arm = self.pole * self.half_length
+        push = (self.force * u[..., 0].clamp(-1, 1) + arm * turning.square() * sin) / total
+        spin = (self.gravity * sin - cos * push) / (self.half_length * (4 / 3 - self.pole * cos.square() / total))
+        rates = torch.stack([speed, push - arm * spin * cos / total, turning, spin], -1)
+        return z + self.step * rates + w
+
+    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
+        """place^2 + 10 angle^2 + 0.1 (speed^2 + angular speed^2) + 0.01 u^2 `(B,)`."""
+        weights = z.new_tensor([1.0, 0.1, 10.0, 0.1])
+        return (weights * z.square()).sum(-1) + 0.01 * u[..., 0].square()
+
+    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
+        """All four U(-0.05, 0.05)."""
+        return 0.1 * torch.rand(batch, 4, generator=generator, dtype=DOUBLE) - 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lorenz:
+    """The Lorenz attractor z' = F(z) z, sampled every `step` time units; the last figures of the paper.
+
+    method "rk4": `substeps` classical Runge-Kutta steps; "taylor": exp(F(z) step) z with the exponential cut
+    after `order` terms and F frozen over the step, the model of KalmanNet's filters (order 5 for the classical
+    ones, 2 for KalmanNet). There is no input: u, for instance a rule's estimate, is ignored; w is added.
+
+    >>> Lorenz()(torch.ones(1, 3), None, 0.0).round(decimals=3)
+    tensor([[1.0490, 1.5240, 0.9730]])
+    """
+
+    sigma: float = 10.0
+    rho: float = 28.0
+    beta: float = 8 / 3
+    step: float = 0.02
+    method: str = "rk4"
+    substeps: int = 4
+    order: int = 5
+
+    def __post_init__(self) -> None:
+        if self.method not in ("rk4", "taylor"):
+            raise OptionError(f"Lorenz: method is 'rk4' or 'taylor', got {self.method!r}")
+
+    def matrix(self, z: Tensor) -> Tensor:
+        """F(z) `(B, 3, 3)` = [-sigma, sigma, 0; rho - z3, -1, 0; z2, 0, -beta]."""
+        a, b, c = z.unbind(-1)
+        one, none = torch.ones_like(a), torch.zeros_like(a)
+        rows = [-self.sigma * one, self.sigma * one, none, self.rho - c, -one, none, b, none, -self.beta * one]
+        return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+    def rate(self, z: Tensor) -> Tensor:
+        """z' `(B, 3)`."""
+        a, b, c = z.unbind(-1)
+        return torch.stack([self.sigma * (b - a), a * (self.rho - c) - b, a * b - self.beta * c], -1)
+
+    def __call__(self, z: Tensor, u: Any, w: Any) -> Tensor:
+        """z+ `(B, 3)`."""
+        return (self._taylor(z) if self.method == "taylor" else self._runge_kutta(z)) + w
+
+    def _taylor(self, z: Tensor) -> Tensor:
+        F, term, total = self.step * self.matrix(z), z, z
+        for k in range(1, self.order + 1):
+            term = (F @ term[..., None])[..., 0] / k
+            total = total + term
+        return total
+
+    def _runge_kutta(self, z: Tensor) -> Tensor:
+        h = self.step / self.substeps
+        for _ in range(self.substeps):
+            k1 = self.rate(z)
+            k2 = self.rate(z + h / 2 * k1)
+            k3 = self.rate(z + h / 2 * k2)
+            k4 = self.rate(z + h * k3)
+            z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return z
+
+
+def linearize(plant: Callable[..., Tensor], z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A `(n, n)` and B `(n, m)` of plant(z, u, 0) at one state z `(n,)` and input u `(m,)`.
+
+    >>> A, B = linearize(Pendulum(), torch.zeros(2), torch.zeros(1))
+    >>> A
+    tensor([[1.0375, 0.0500],
+            [0.7500, 1.0000]])
+    """
+
+    def step(z: Tensor, u: Tensor) -> Tensor:
+        return plant(z[None], u[None], z.new_zeros(()))[0]
+
+    return torch.autograd.functional.jacobian(step, (z.detach(), u.detach()))  # pyright: ignore[reportReturnType]
+
+
+def _incidence(ends: tuple[int | None, ...]) -> Tensor:
+    return torch.tensor([[float(end == warehouse) for end in ends] for warehouse in range(4)])
+
+
+def _root(name: str, covariance: Tensor) -> Tensor:
+    """M with M M' = covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    if float(values[0]) < -1e-8 * float(values.abs().amax()):
+        raise DomainError(
+            f"{name} must be positive semidefinite, but it has the eigenvalue {float(values[0]):.6g}; "
+            "symmetrise it and clip its eigenvalues at zero"
+        )
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _quadratic(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x.square().sum(-1) if weight is None else ((x @ weight.to(x.dtype)) * x).sum(-1)

@@ -1,0 +1,115 @@
+"""Compiled checks and gradients on the original program, up to WIDTH samples side by side.
+
+They use the program's own patterns and nothing of the reduction, so that a wrong reduction cannot
+certify itself.
+"""
+
+import numpy as np
+
+from convexlearn.program.compiled import entry, helper, summing
+from convexlearn.program.reduction_kernels import WIDTH, add_quadratic, multiply, transpose_in
+
+
+@helper
+def residual_block(P_row, P_col, A_row, A_col, zero, P, A, k, q, b, x, z, out):
+    """Relative KKT residuals out[k:] as solvers.base.polyhedral_residual defines them; all (rows, samples)."""
+    n, m, width = x.shape[0], z.shape[0], x.shape[1]
+    Px, Az, Ax = np.zeros((n, width)), np.zeros((n, width)), np.zeros((m, width))
+    add_quadratic(P_row, P_col, P, k, x, Px)
+    multiply(A, k, A_row, A_col, 1.0, x, Ax)
+    multiply(A, k, A_col, A_row, 1.0, z, Az)
+    worst = np.zeros((6, width))
+    primal, dual, sign, gap, size_p, size_d = worst[0], worst[1], worst[2], worst[3], worst[4], worst[5]
+    total = np.zeros(width)
+    for i in range(m):
+        for j in range(width):
+            slack = b[i, j] - Ax[i, j]
+            total[j] += slack + z[i, j]
+            size_p[j] = max(size_p[j], abs(Ax[i, j]), abs(b[i, j]))
+            if i < zero:
+                primal[j] = max(primal[j], abs(slack))
+            else:
+                primal[j] = max(primal[j], -slack)
+                sign[j] = max(sign[j], -z[i, j])
+                gap[j] = max(gap[j], abs(slack * z[i, j]))
+    for i in range(n):
+        for j in range(width):
+            value = Px[i, j] + q[i, j] + Az[i, j]
+            total[j] += value + x[i, j]
+            dual[j] = max(dual[j], abs(value))
+            size_d[j] = max(size_d[j], abs(Px[i, j]), abs(q[i, j]), abs(Az[i, j]))
+    for j in range(width):
+        p, d = 1.0 + size_p[j], 1.0 + size_d[j]
+        value = max(primal[j] / p, dual[j] / d, sign[j] / d, gap[j] / (p * d))
+        out[k + j] = value if np.isfinite(total[j]) else np.inf
+
+
+@summing
+def summed_products(rows, cols, a, b, c, d, out):
+    """out[e] = -(a_i'b_j + c_i'd_j) with i, j = rows[e], cols[e], summed over the samples."""
+    for e in range(len(rows)):
+        i, j = rows[e], cols[e]
+        total = 0.0
+        for k in range(a.shape[1]):
+            total += a[i, k] * b[j, k] + c[i, k] * d[j, k]
+        out[e] = -total
+
+
+@helper
+def products(rows, cols, a, b, c, d, out, first):
+    """out[first + k, e] = -(a_ik b_jk + c_ik d_jk) with i, j = rows[e], cols[e], per sample k."""
+    for e in range(len(rows)):
+        i, j = rows[e], cols[e]
+        for k in range(a.shape[1]):
+            out[first + k, e] = -(a[i, k] * b[j, k] + c[i, k] * d[j, k])
+
+
+@helper
+def gradient_block(P_row, P_col, A_row, A_col, k, x, z, vx, vz, gP, gA, block_P, block_A):
+    """Gradients of the entries of P and A from solution (x, z) and adjoint (vx, vz), all (rows, samples).
+
+    Into rows k: of gP and gA (B, .), or summed into row block_P or block_A where that is >= 0.
+    """
+    if block_P >= 0:
+        summed_products(P_row, P_col, vx, x, x, vx, gP[block_P])
+    else:
+        products(P_row, P_col, vx, x, x, vx, gP, k)
+    first, last = (block_P, block_P + 1) if block_P >= 0 else (k, k + x.shape[1])
+    for e in range(len(P_row)):
+        if P_row[e] == P_col[e]:
+            for row in range(first, last):
+                gP[row, e] *= 0.5
+    if block_A >= 0:
+        summed_products(A_row, A_col, z, vx, vz, x, gA[block_A])
+    else:
+        products(A_row, A_col, z, vx, vz, x, gA, k)
+
+
+@entry
+def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, stop):
+    """Relative KKT residuals out (B,) of samples start:stop."""
+    n, m = x.shape[1], z.shape[1]
+    for k in range(start, stop, WIDTH):
+        width = min(WIDTH, stop - k)
+        bq, bx = np.empty((n, width)), np.empty((n, width))
+        bb, bz = np.empty((m, width)), np.empty((m, width))
+        transpose_in(q, k, 1.0, bq)
+        transpose_in(b, k, 1.0, bb)
+        transpose_in(x, k, 1.0, bx)
+        transpose_in(z, k, 1.0, bz)
+        residual_block(P_row, P_col, A_row, A_col, zero, P, A, k, bq, bb, bx, bz, out)
+
+
+@entry
+def gradients(P_row, P_col, A_row, A_col, x, z, vx, vz, gP, gA, block_P, block_A, start, stop):
+    """`gradient_block` of samples start:stop (at most WIDTH where a block is summed)."""
+    n, m = x.shape[1], z.shape[1]
+    for k in range(start, stop, WIDTH):
+        width = min(WIDTH, stop - k)
+        bx, bvx = np.empty((n, width)), np.empty((n, width))
+        bz, bvz = np.empty((m, width)), np.empty((m, width))
+        transpose_in(x, k, 1.0, bx)
+        transpose_in(vx, k, 1.0, bvx)
+        transpose_in(z, k, 1.0, bz)
+        transpose_in(vz, k, 1.0, bvz)
+        gradient_block(P_row, P_col, A_row, A_col, k, bx, bz, bvx, bvz, gP, gA, block_P, block_A)

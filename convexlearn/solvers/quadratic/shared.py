@@ -1,0 +1,243 @@
+"""Matrices common to the batch: condense once to a small dense box QP, then one active set per sample.
+
+The equalities are solved for unbounded variables, x_B = Kb b + Ku u; what remains is
+min 1/2 u'Hu + g'u + w'|u| over l <= u <= h with one H for the whole batch (MPC: the inputs; lasso:
+the Gram matrix). The adjoint solves the same linear systems on the active sets found.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from convexlearn.parallel import count, run
+from convexlearn.program.program import Sparsity
+from convexlearn.program.reduce import Arrays, BoxProgram, Reduction
+
+LARGEST = 400  # dense factorizations per sample beyond this size cost more than sparse ones
+CONDITION = 1e10
+NOTHING = np.zeros((0, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Condensed:
+    """One dense box QP for the batch in variables u = x[arrangement.inner] of the reduced program.
+
+    values: bytes of the P and A it was made from. dense: matrices as shared_kernels reads them.
+    lengths: of packed vectors and of packed solutions.
+    """
+
+    reduction: Reduction
+    arrangement: "Arrangement"
+    values: tuple[bytes, bytes]
+    dense: np.ndarray
+    lengths: tuple[int, int]
+
+    def matches(self, P: np.ndarray, A: np.ndarray) -> bool:
+        """Whether these are the matrices that were condensed, bit by bit."""
+        return self.values[1] == A.tobytes() and self.values[0] == P.tobytes()
+
+
+def condensable(box: BoxProgram) -> bool:
+    """Whether the structure allows it: boxes only, enough unbounded variables, few others."""
+    clash = np.isin(box.absolute, np.concatenate([box.lower, box.upper])).any()
+    free, equalities = len(unbounded(box)), box.A.shape[0]
+    return not clash and box.G.shape[0] == 0 and equalities <= free and 0 < box.n - equalities <= LARGEST
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Variables reordered to [inner, basic]: positions of P's and A's entries, and the kernels' index lists."""
+
+    inner: np.ndarray
+    position: np.ndarray
+    P_at: tuple[np.ndarray, np.ndarray]
+    A_at: tuple[np.ndarray, np.ndarray]
+    index: np.ndarray
+
+    @classmethod
+    def of(cls, box: BoxProgram, basic: np.ndarray) -> "Arrangement":
+        """Arrange for a choice of basic variables, as many as there are equalities."""
+        inner = np.setdiff1d(np.arange(box.n), basic)
+        position = np.empty(box.n, dtype=np.int64)
+        position[inner] = np.arange(len(inner))
+        position[basic] = np.arange(len(inner), box.n)
+        lists = [inner, basic, position[box.lower], position[box.upper], position[box.absolute]]
+        header = len(lists) + 1 + np.cumsum([0, *(len(v) for v in lists)])
+        P_at, A_at = (position[box.P.rows], position[box.P.cols]), (box.A.rows, position[box.A.cols])
+        return cls(inner, position, P_at, A_at, np.concatenate([header, *lists]).astype(np.int32))
+
+
+def unbounded(box: BoxProgram) -> np.ndarray:
+    """Variables without bounds and 1-norm weights."""
+    held = np.zeros(box.n, dtype=bool)
+    for listed in (box.lower, box.upper, box.absolute):
+        held[listed] = True
+    return np.flatnonzero(~held)
+
+
+def arrange(box: BoxProgram, A: np.ndarray) -> Arrangement | None:
+    """Basic variables for the values A (nnz,) of the equalities, by QR with pivoting where there is a choice.
+
+    None where the unbounded variables don't span the equalities.
+    """
+    free, rows = unbounded(box), box.A.shape[0]
+    if len(free) > rows > 0:
+        equality = np.zeros(box.A.shape)
+        equality[box.A.rows, box.A.cols] = A
+        _, order = scipy.linalg.qr(equality[:, free], mode="r", pivoting=True, check_finite=False)
+        free = np.sort(free[order[:rows]])
+    return Arrangement.of(box, free[:rows]) if len(free) >= rows else None
+
+
+def condense(
+    reduction: Reduction, P: np.ndarray, A: np.ndarray, arrangement: Arrangement | None = None
+) -> Condensed | None:
+    """Condense a program whose P and A (as ProgramData stores them, leading dimension 1) all samples share.
+
+    `arrangement` is tried first. None where the unbounded variables don't span the equalities.
+    """
+    box = reduction.box
+    P_box, A_box, _ = reduction.matrices(P, A)
+    own = arrange(box, A_box[0]) if arrangement is None else arrangement
+    parts = None if own is None else _condensed_matrices(box, own, P_box[0], A_box[0])
+    if parts is None:
+        return None if arrangement is None else condense(reduction, P, A)
+    assert own is not None
+    return Condensed(
+        reduction,
+        own,
+        (P.tobytes(), A.tobytes()),
+        np.concatenate([m.ravel() for m in parts]),
+        (reduction.ends[-1], reduction.dual_ends[-1]),
+    )
+
+
+def _condensed_matrices(
+    box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.ndarray
+) -> tuple[np.ndarray, ...] | None:
+    """[H, H^-1 or nothing, Kb, Ku, mixed, P_basic], or None where the basic variables are a bad choice."""
+    n, rows = len(own.inner), box.A.shape[0]
+    Q = np.zeros((box.n, box.n))
+    Q[own.P_at] = P
+    Q[own.P_at[::-1]] = P
+    H, others = Q, ()
+    if rows:
+        equality = np.zeros((rows, box.n))
+        equality[own.A_at] = A
+        Kb = _inverse(equality[:, n:])
+        if Kb is None:
+            return None
+        Ku = -Kb @ equality[:, :n]
+        to_inner = Q[n:, :n] + Q[n:, n:] @ Ku  # P_BN + P_BB Ku
+        H = Q[:n, :n] + Q[:n, n:] @ Ku + Ku.T @ to_inner
+        H = 0.5 * (H + H.T)
+        others = (Kb, Ku, Kb.T @ to_inner, Q[n:])
+    inverse = NOTHING if len(box.absolute) else _positive_inverse(H)
+    return (H, inverse, *others)
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray | None:
+    """The inverse, or None where the matrix is too close to singular."""
+    try:
+        inverse = np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return inverse if _condition(matrix, inverse) < CONDITION else None
+
+
+def _condition(matrix: np.ndarray, inverse: np.ndarray) -> float:
+    """Condition number in the norm of the largest row sum."""
+    return float(np.abs(matrix).sum(1).max(initial=0.0) * np.abs(inverse).sum(1).max(initial=0.0))
+
+
+def _positive_inverse(H: np.ndarray) -> np.ndarray:
+    """H^-1 of a well-conditioned positive definite H, (0, 0) otherwise."""
+    factor, info = scipy.linalg.lapack.dpotrf(H, lower=1)
+    if info != 0:
+        return NOTHING
+    inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if info != 0:
+        return NOTHING
+    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    return inverse if _condition(H, inverse) < CONDITION else NOTHING
+
+
+@dataclass(frozen=True, eq=False)
+class SharedResult:
+    """What the adjoint needs: the condensed problem, states (B, size) and signs (B, 1-norms) of the solution."""
+
+    condensed: Condensed
+    states: np.ndarray
+    sign: np.ndarray
+
+
+class Settled(NamedTuple):
+    """x (B, n), z (B, m), residual (B,) and steps (B,) on the original program, -1 where nothing settled."""
+
+    x: np.ndarray
+    z: np.ndarray
+    residual: np.ndarray
+    steps: np.ndarray
+    result: SharedResult
+
+
+def solve(
+    condensed: Condensed, data: Arrays, batch: int, start: np.ndarray | None = None, threads: int | None = None
+) -> Settled:
+    """Solve a batch; start: (B, n) points of the original program whose active sets are tried first."""
+    from convexlearn.solvers.quadratic import shared_kernels
+
+    reduction = condensed.reduction
+    program, inner = reduction.program, condensed.arrangement.inner
+    begin = NOTHING if start is None else np.ascontiguousarray(start[:, reduction.keep[inner]])
+    x, z = np.empty((batch, program.n)), np.empty((batch, program.m))
+    residual, steps = np.empty(batch), np.empty(batch, dtype=np.int64)
+    states = np.empty((batch, len(inner)), dtype=np.int8)
+    constants = (reduction.plan, reduction.coef, condensed.arrangement.index, condensed.dense)
+
+    def task(first: int, last: int, _: int) -> None:
+        shared_kernels.forward(
+            *constants, *data, program.cones.zero, condensed.lengths, begin,
+            x, z, residual, states, steps, first, last,
+        )  # fmt: skip
+
+    run(task, batch, threads)
+    return Settled(x, z, residual, steps, SharedResult(condensed, states, _signs(condensed, states)))
+
+
+def _signs(condensed: Condensed, states: np.ndarray) -> np.ndarray:
+    """Signs (B, 1-norms) of the variables in 1-norms, zero where pinned at zero."""
+    absolute = condensed.reduction.box.absolute
+    if not len(absolute):
+        return np.empty((len(states), 0))
+    own = states[:, condensed.arrangement.position[absolute]]
+    return np.where(own == 3, 1.0, np.where(own == -3, -1.0, 0.0))
+
+
+def adjoint(
+    result: SharedResult, data: Arrays, solution: tuple[np.ndarray, np.ndarray],
+    upstream: tuple[np.ndarray, np.ndarray], threads: int | None = None,
+) -> Arrays:  # fmt: skip
+    """Gradients (P, q, A, b) of the data, those of P and A summed (1, .) unless they are given per sample."""
+    from convexlearn.solvers.quadratic import shared_kernels
+
+    condensed, (x, z), (dx, dz) = result.condensed, solution, upstream
+    reduction, batch = condensed.reduction, len(x)
+    vx, vz = np.empty_like(x), np.empty_like(z)
+    sums = len(data[0]) == 1, len(data[2]) == 1
+    gP, gA = (np.empty((count(batch) if s else batch, f.shape[1])) for s, f in zip(sums, (data[0], data[2])))
+    constants = (reduction.plan, reduction.coef, condensed.arrangement.index, condensed.dense, data[0], data[2])
+
+    def task(first: int, last: int, block: int) -> None:
+        shared_kernels.backward(
+            *constants, condensed.lengths, reduction.box.absolute, dx, dz, x, z,
+            result.states, result.sign, vx, vz, gP, gA,
+            block if sums[0] else -1, block if sums[1] else -1, first, last,
+        )  # fmt: skip
+
+    run(task, batch, threads)
+    np.negative(vx, out=vx)
+    gP, gA = (g.sum(0, keepdims=True) if s and len(g) > 1 else g for g, s in zip((gP, gA), sums))
+    return gP, vx, gA, vz

@@ -1,0 +1,206 @@
+"""Compiled passes of the condensed path: forward and backward of up to WIDTH samples in one call each.
+
+`dense` holds the matrices [H, H^-1 (or nothing), Kb, Ku, mixed, P_basic] back to back, `index` the
+lists (header as in reduction_kernels) inner, basic, lower, upper, absolute. Columns of P_basic are
+in the order inner, basic.
+"""
+
+import numpy as np
+
+from convexlearn.program.compiled import entry, helper
+from convexlearn.program.reduction_kernels import (
+    A_COL,
+    A_ROW,
+    P_COL,
+    P_ROW,
+    WIDTH,
+    gather,
+    lift_block,
+    part,
+    restrict_block,
+    scatter,
+    transpose_in,
+    transpose_out,
+)
+from convexlearn.solvers.quadratic.active_set_kernels import LOWER, UPPER, fixed_sample, solve_sample
+from convexlearn.solvers.quadratic.kkt_kernels import gradient_block, residual_block
+
+INNER, BASIC, LOWER_AT, UPPER_AT, ABSOLUTE_AT = range(5)
+
+
+@helper
+def matrices(index, dense):
+    """H, its inverse (or nothing), Kb, Ku, mixed, P_basic."""
+    n, rows = len(part(index, INNER)), len(part(index, BASIC))
+    tail = 2 * rows * n + rows * rows + rows * (n + rows)
+    inverse = 1 if len(dense) > n * n + tail else 0
+    H = dense[: n * n].reshape(n, n)
+    at = n * n * (1 + inverse)
+    S = dense[n * n : at].reshape(n * inverse, n)
+    Kb = dense[at : at + rows * rows].reshape(rows, rows)
+    at += rows * rows
+    Ku = dense[at : at + rows * n].reshape(rows, n)
+    at += rows * n
+    mixed = dense[at : at + rows * n].reshape(rows, n)
+    at += rows * n
+    return H, S, Kb, Ku, mixed, dense[at : at + rows * (n + rows)].reshape(rows, n + rows)
+
+
+@helper
+def multiply_dense(M, factor, x, x_rows, out, out_rows):
+    """out[out_rows] += factor M x[x_rows] over the samples of a block."""
+    width = out.shape[1]
+    for r in range(len(out_rows)):
+        o = out_rows[r]
+        for c in range(len(x_rows)):
+            a, i = factor * M[r, c], x_rows[c]
+            for j in range(width):
+                out[o, j] += a * x[i, j]
+
+
+@helper
+def gradient(index, Ku, mixed, v):
+    """g (size, samples) of the condensed problem: q_N + Ku'q_B + (P_NB + Ku'P_BB) Kb b."""
+    inner, basic = part(index, INNER), part(index, BASIC)
+    g, rows = np.empty((len(inner), v.shape[1])), len(basic)
+    gather(inner, v, g, 0)
+    if rows > 0:
+        own = np.arange(len(inner)).astype(np.int32)
+        b = np.arange(len(inner) + rows, len(inner) + 2 * rows).astype(np.int32)
+        multiply_dense(Ku.T, 1.0, v, basic, g, own)
+        multiply_dense(mixed.T, 1.0, v, b, g, own)
+    return g
+
+
+@helper
+def recover(index, Kb, Ku, P_basic, v, u, s):
+    """Fill rows [x, y] of s: x_B = Kb b + Ku u and y = -Kb'(P_B x + q_B)."""
+    inner, basic = part(index, INNER), part(index, BASIC)
+    n, rows = len(inner) + len(basic), len(basic)
+    s[: n + rows] = 0.0
+    scatter(inner, u, 0, s)
+    if rows > 0:
+        every, equal = index[index[INNER] : index[LOWER_AT]], np.arange(n, n + rows).astype(np.int32)
+        own = np.arange(rows).astype(np.int32)
+        multiply_dense(Kb, 1.0, v, equal, s, basic)
+        multiply_dense(Ku, 1.0, u, np.arange(len(inner)).astype(np.int32), s, basic)
+        price = np.empty((rows, v.shape[1]))
+        gather(basic, v, price, 0)
+        multiply_dense(P_basic, 1.0, s, every, price, own)
+        multiply_dense(Kb.T, -1.0, price, own, s, equal)
+
+
+@helper
+def multipliers(index, rho, s):
+    """Fill rows [lower, upper, v] of s from rho = -(Hu + g): each part of rho goes to the bound of its sign."""
+    lower, upper, absolute = part(index, LOWER_AT), part(index, UPPER_AT), part(index, ABSOLUTE_AT)
+    at = len(s) - len(absolute) - len(upper) - len(lower)
+    for j in range(rho.shape[1]):
+        for i in range(len(lower)):
+            s[at + i, j] = max(-rho[lower[i], j], 0.0)
+        for i in range(len(upper)):
+            s[at + len(lower) + i, j] = max(rho[upper[i], j], 0.0)
+        for i in range(len(absolute)):
+            s[at + len(lower) + len(upper) + i, j] = rho[absolute[i], j]
+
+
+@helper
+def adjoint_multipliers(index, rho, states, k, s):
+    """As `multipliers`, each to the bound that the state names."""
+    lower, upper, absolute = part(index, LOWER_AT), part(index, UPPER_AT), part(index, ABSOLUTE_AT)
+    at = len(s) - len(absolute) - len(upper) - len(lower)
+    s[at:] = 0.0
+    for j in range(rho.shape[1]):
+        for i in range(len(lower)):
+            if states[k + j, lower[i]] == LOWER:
+                s[at + i, j] = -rho[lower[i], j]
+        for i in range(len(upper)):
+            if states[k + j, upper[i]] == UPPER:
+                s[at + len(lower) + i, j] = rho[upper[i], j]
+
+
+@helper
+def pin(index, v, states, k, pinned):
+    """Right-hand sides of the pinned variables in the adjoint system, (size, samples)."""
+    lower, upper, absolute = part(index, LOWER_AT), part(index, UPPER_AT), part(index, ABSOLUTE_AT)
+    bounds, pairs = len(lower) + len(upper), len(absolute)
+    at = len(v) - bounds - 3 * pairs
+    for j in range(pinned.shape[1]):
+        for i in range(len(lower)):
+            if states[k + j, lower[i]] == LOWER:
+                pinned[lower[i], j] = v[at + i, j]
+        for i in range(len(upper)):
+            if states[k + j, upper[i]] == UPPER:
+                pinned[upper[i], j] = v[at + len(lower) + i, j]
+        for i in range(pairs):
+            pinned[absolute[i], j] = 0.5 * (v[at + bounds + pairs + i, j] - v[at + bounds + 2 * pairs + i, j])
+
+
+@entry
+def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, residual, states, steps, first, last):
+    """Solve samples first:last: x, z, residual on the original program, states and steps (-1: not settled).
+
+    lengths: rows of the packed vectors and of the packed solution. begin: (0 or B, size) starts.
+    """
+    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    n = len(H)
+    no_sign = np.zeros((0, 0))
+    for k in range(first, last, WIDTH):
+        width = min(WIDTH, last - k)
+        bq, bb = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
+        transpose_in(q, k, 1.0, bq)
+        transpose_in(b, k, 1.0, bb)
+        v, s = np.empty((lengths[0], width)), np.empty((lengths[1], width))
+        restrict_block(plan, coef, P, A, k, bq.copy(), bb.copy(), v)
+        g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
+        solve_sample(H, S, g, v, index, begin, k, u, rho, states, steps)
+        recover(index, Kb, Ku, P_basic, v, u, s)
+        multipliers(index, rho, s)
+        bx, bz = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
+        lift_block(plan, coef, P, A, k, bq, bb, s, no_sign, False, bx, bz)
+        rows, cols = part(plan, A_ROW), part(plan, A_COL)
+        p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
+        residual_block(p_rows, p_cols, rows, cols, zero, P, A, k, bq, bb, bx, bz, residual)
+        transpose_out(bx, x, k)
+        transpose_out(bz, z, k)
+        for j in range(width):
+            if steps[k + j] < 0:
+                residual[k + j] = np.inf
+
+
+@entry
+def backward(
+    plan, coef, index, dense, P, A, lengths, absolute, dx, dz, x, z, states, sign, vx, vz, gP, gA,
+    block_P, block_A, first, last,
+):  # fmt: skip
+    """The adjoint (vx, vz) of samples first:last, and the gradients of P and A (see gradient_block).
+
+    absolute: the reduced program's variables in 1-norms, sign (B, 1-norms) their signs.
+    """
+    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    n, pairs = len(H), len(absolute)
+    for k in range(first, last, WIDTH):
+        width = min(WIDTH, last - k)
+        bq, bb = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
+        transpose_in(dx, k, -1.0, bq)
+        transpose_in(dz, k, 1.0, bb)
+        v, s = np.empty((lengths[0], width)), np.empty((lengths[1], width))
+        restrict_block(plan, coef, P, A, k, bq.copy(), bb.copy(), v)
+        for i in range(pairs):
+            for j in range(width):
+                v[absolute[i], j] += sign[k + j, i] * v[len(v) - 3 * pairs + i, j]
+        g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
+        pinned = np.zeros((n, width))
+        pin(index, v, states, k, pinned)
+        fixed_sample(H, S, g, pinned, states, k, u, rho)
+        recover(index, Kb, Ku, P_basic, v, u, s)
+        adjoint_multipliers(index, rho, states, k, s)
+        bvx, bvz = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
+        lift_block(plan, coef, P, A, k, bq, bb, s, sign, False, bvx, bvz)
+        transpose_out(bvx, vx, k)
+        transpose_out(bvz, vz, k)
+        transpose_in(x, k, 1.0, bq)
+        transpose_in(z, k, 1.0, bb)
+        rows, cols = part(plan, A_ROW), part(plan, A_COL)
+        p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
+        gradient_block(p_rows, p_cols, rows, cols, k, bq, bb, bvx, bvz, gP, gA, block_P, block_A)

@@ -1,0 +1,291 @@
+"""The quadratic solver: reduction, choice of path, verified statuses, gradients on the original program."""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexlearn.errors import OptionError, suggest
+from convexlearn.program.program import SOLVED_RESIDUAL, Program, ProgramData, Solution, Status
+from convexlearn.program.reduce import Arrays, Reduction, reduce
+from convexlearn.solvers.base import Options, dual_infeasible, primal_infeasible, product, status_from_residual
+from convexlearn.solvers.quadratic import shared
+from convexlearn.solvers.quadratic.paths import LanesPart, Outcome, Part, select, solve_lanes, solve_shared
+
+PATHS = ("auto", "shared", "lanes")
+CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
+SMALL = 64  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
+CERTIFICATE_TOLERANCE = 1e-7
+
+
+@dataclass(frozen=True)
+class QuadraticOptions(Options):
+    """Options of the quadratic solver.
+
+    smoothing: mu > 0 returns the point of the central path with s_i z_i = mu and its derivative,
+    which is informative for LPs too. threads: None means the cores this process may use; results
+    don't depend on it. path: "shared" condenses matrices common to the batch and runs an active-set
+    method per sample, "lanes" is the interior point, "auto" chooses.
+    """
+
+    smoothing: float = 0.0
+    threads: int | None = None
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smoothing < 0:
+            raise OptionError(f"smoothing must be nonnegative, got {self.smoothing}")
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads must be at least 1, got {self.threads}")
+        if self.path not in PATHS:
+            raise OptionError(f"path='{self.path}': {suggest(self.path, PATHS)}")
+
+
+class Quadratic:
+    """QPs and LPs in batches: exact solutions, duals and gradients.
+
+    Gradients are those of the active set that the solver found; with weakly active or duplicated
+    constraints that is one element of the generalized derivative, always finite.
+    """
+
+    name: ClassVar[str] = "quadratic"
+    options: ClassVar[type[Options]] = QuadraticOptions
+    native_objective: ClassVar[bool] = True
+
+    def supports(self, program: Program) -> str | None:
+        """Only the zero cone and the nonnegative orthant."""
+        return None if program.cones.polyhedral else "it solves QPs and LPs only"
+
+    def solve(self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None) -> Solution:
+        """Solve every sample; a warm start gives the active-set method its first guess."""
+        settings = options if isinstance(options, QuadraticOptions) else QuadraticOptions(**vars(options))
+        if not data.batch:
+            return _empty(program, data)
+        usable = warm is not None and warm.x.shape == (data.batch, program.n)
+        call = _Call(_analysis(program), _arrays(data), data.batch, settings, warm if usable else None)
+        outcome, parts = call.run()
+        status = _statuses(program, data, outcome, settings)
+        tensors = (torch.from_numpy(v) for v in (outcome.x, outcome.z, status, outcome.iterations, outcome.residual))
+        if data.q.device.type != "cpu":
+            tensors = (t.to(data.q.device) for t in tensors)
+        return Solution(program, data, *tensors, private=_State(parts, settings.threads))
+
+    def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
+        """Gradients of the data: the adjoint of the optimality conditions, reduced and lifted like the solution."""
+        data, state = _arrays(solution.data), solution.private
+        x, z, dx_, dz_ = (_numpy(v) for v in (solution.x, solution.z, dx, dz))
+        ok = _numpy(solution.status) <= Status.INACCURATE
+        if not ok.all():
+            x, z, dx_, dz_ = (np.where(ok[:, None], v, 0.0) for v in (x, z, dx_, dz_))
+        total: list[np.ndarray] | None = None
+        for rows, covered, part in state.parts:
+            if rows is None and covered is None:
+                found = part.adjoint(data, (x, z), (dx_, dz_), state.threads)
+            elif rows is None:  # the other path solved the samples `covered` anew
+                up = dx_.copy(), dz_.copy()
+                up[0][covered], up[1][covered] = 0.0, 0.0
+                found = part.adjoint(data, (x, z), up, state.threads)
+            else:
+                found = part.adjoint(select(data, rows), (x[rows], z[rows]), (dx_[rows], dz_[rows]), state.threads)
+            total = _add(total, found, data, rows)
+        if total is None:
+            total = [np.zeros((min(len(f), 1), f.shape[1])) for f in data]
+        sums = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(data, total))
+        return ProgramData(*(torch.from_numpy(g).to(dx.device) for g in sums), batch=solution.data.batch)
+
+    def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
+        """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
+        from convexlearn.solvers.quadratic.dense import active_set_solution
+
+        slack = solution.data.b - product(solution.program, solution.data.A, solution.x)
+        active = solution.z > slack
+        active[:, : solution.program.cones.zero] = True
+        return active_set_solution(solution.program, data.expanded().fields(), active)
+
+
+def _add(total: list[np.ndarray] | None, found: Arrays, data: Arrays, rows: np.ndarray | None) -> list[np.ndarray]:
+    """Add the gradients of a part: summed ones as they are, the others at the part's samples."""
+    if rows is None:
+        return list(found)
+    assert total is not None  # the part that covers the whole batch comes first
+    for sum_, g, f in zip(total, found, data):
+        if len(sum_) == 1 and len(f) == 1:
+            sum_ += g.sum(0, keepdims=True)
+        else:
+            sum_[rows] += g
+    return total
+
+
+Piece = tuple[np.ndarray | None, np.ndarray | None, Part]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What the adjoint needs.
+
+    parts: (samples or None for all, samples of it that a later part solved anew or None, part).
+    """
+
+    parts: list[Piece]
+    threads: int | None
+
+
+@dataclass(eq=False)
+class _Analysis:
+    """Everything that depends on the program alone, and the last condensation."""
+
+    program: Program
+    reduction: Reduction
+    condensable: bool
+    lock: Any = field(default_factory=threading.Lock)
+    symbolic: Any = None
+    last: shared.Condensed | None = None
+
+    def condensed(self, data: Arrays) -> shared.Condensed | None:
+        """The condensed problem, the last one where the matrices are the same (closed loops)."""
+        last = self.last
+        if last is None or not last.matches(data[0], data[2]):
+            last = shared.condense(self.reduction, data[0], data[2], None if last is None else last.arrangement)
+            self.last = last
+        return last
+
+    def lanes_symbolic(self) -> Any:
+        """Symbolic analysis of the interior point, made at first use."""
+        from convexlearn.solvers.quadratic import lanes
+
+        with self.lock:
+            if self.symbolic is None:
+                self.symbolic = lanes.analyse(self.reduction.box)
+        return self.symbolic
+
+
+_analyses: "weakref.WeakKeyDictionary[Program, _Analysis]" = weakref.WeakKeyDictionary()
+_analyses_lock = threading.Lock()
+
+
+def _analysis(program: Program) -> _Analysis:
+    found = _analyses.get(program)
+    if found is None:
+        with _analyses_lock:
+            found = _analyses.get(program)
+            if found is None:
+                reduction = reduce(program)
+                found = _Analysis(program, reduction, shared.condensable(reduction.box))
+                _analyses[program] = found
+    return found
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of `Quadratic.solve`."""
+
+    analysis: _Analysis
+    data: Arrays
+    batch: int
+    options: QuadraticOptions
+    warm: Solution | None
+
+    def run(self) -> tuple[Outcome, list[Piece]]:
+        """Solve, and mend what the condensed path leaves open with the interior point."""
+        condensed = self._condensed()
+        if condensed is None:
+            previous = self.warm.private.parts if self.warm is not None else []
+            whole = len(previous) == 1 and isinstance(previous[0][2], LanesPart)
+            outcome = self._lanes(self.data, self.batch, previous[0][2].result if whole else None)
+            return outcome, [(None, None, outcome.part)]
+        start = None if self.warm is None else _numpy(self.warm.x)
+        outcome = solve_shared(condensed, self.data, self.batch, start, self.options.threads)
+        settled = outcome.residual <= CERTIFIED
+        if settled.all():
+            return outcome, [(None, None, outcome.part)]
+        open_ = np.flatnonzero(~settled)
+        mended = self._lanes(select(self.data, open_), len(open_))
+        better = ~(mended.residual >= outcome.residual[open_])
+        rows = open_[better]
+        for name in ("x", "z", "residual", "claim", "iterations"):
+            getattr(outcome, name)[rows] = getattr(mended, name)[better]
+        # the adjoint of a sample that both paths solved comes from the one whose solution is kept
+        part = mended.part if better.all() else _Subset(mended.part, better)
+        return outcome, [(None, rows, outcome.part), (open_, None, part)]
+
+    def _lanes(self, data: Arrays, batch: int, warm: Any = None) -> Outcome:
+        options = self.options
+        keywords = {
+            "tolerance": options.tolerance,
+            "max_iterations": options.max_iterations,
+            "smoothing": options.smoothing,
+            "threads": options.threads,
+            "warm": warm,
+        }
+        return solve_lanes(self.analysis.reduction, self.analysis.lanes_symbolic(), data, batch, keywords)
+
+    def _condensed(self) -> shared.Condensed | None:
+        """The condensed problem where that path applies; OptionError where it is asked for and does not."""
+        options, condensed = self.options, None
+        wanted = options.path != "lanes" and not options.smoothing and options.max_iterations is None
+        box = self.analysis.reduction.box
+        wanted = wanted and (options.path == "shared" or len(box.absolute) or box.n - box.A.shape[0] <= SMALL)
+        if wanted and self.analysis.condensable and len(self.data[0]) == 1 and len(self.data[2]) == 1:
+            condensed = self.analysis.condensed(self.data)
+        if condensed is None and options.path == "shared":
+            raise OptionError(
+                "path='shared' needs P and A common to the batch, and inequalities that are bounds after the "
+                "equalities are eliminated; leave path='auto'"
+            )
+        return condensed
+
+
+@dataclass(frozen=True, eq=False)
+class _Subset:
+    """A part of which only some samples count."""
+
+    part: Part
+    counts: np.ndarray
+
+    def adjoint(self, data: Arrays, solution: tuple, upstream: tuple, threads: int | None) -> Arrays:
+        """The part's gradients with nothing from the samples that don't count."""
+        masked = tuple(np.where(self.counts[:, None], g, 0.0) for g in upstream)
+        return self.part.adjoint(data, solution, (masked[0], masked[1]), threads)
+
+
+def _empty(program: Program, data: ProgramData) -> Solution:
+    integers, numbers = data.q.new_zeros(0, dtype=torch.int64), data.q.new_zeros(0)
+    x, z = data.q.new_zeros(0, program.n), data.q.new_zeros(0, program.m)
+    return Solution(program, data, x, z, integers, integers, numbers, _State([], None))
+
+
+def _statuses(program: Program, data: ProgramData, outcome: Outcome, options: QuadraticOptions) -> np.ndarray:
+    """Statuses from the residuals; INFEASIBLE and UNBOUNDED only with a certificate that holds."""
+    status = np.zeros(len(outcome.x), dtype=np.int64)
+    if (outcome.residual <= SOLVED_RESIDUAL).all():
+        return status
+    status = status_from_residual(torch.from_numpy(outcome.residual)).numpy()
+    if options.smoothing:
+        return np.where(outcome.claim <= Status.INACCURATE, outcome.claim, status)
+    for claim, certifies, rays in (
+        (Status.INFEASIBLE, primal_infeasible, outcome.z),
+        (Status.UNBOUNDED, dual_infeasible, outcome.x),
+    ):
+        rows = np.flatnonzero((outcome.claim == claim) & (status == Status.FAILED))
+        if len(rows):
+            samples = data.select(torch.from_numpy(rows).to(data.q.device))
+            ray = torch.from_numpy(rays[rows]).to(data.q.device)
+            holds = certifies(program, samples, ray, CERTIFICATE_TOLERANCE).cpu().numpy()
+            status[rows[holds]] = int(claim)
+    return status
+
+
+def _numpy(v: Tensor) -> np.ndarray:
+    """A contiguous array that shares memory with a tensor where it can."""
+    if v.device.type == "cpu" and v.is_contiguous():
+        return v.detach().numpy()
+    return np.ascontiguousarray(v.detach().cpu().numpy())
+
+
+def _arrays(data: ProgramData) -> Arrays:
+    return _numpy(data.P), _numpy(data.q), _numpy(data.A), _numpy(data.b)

@@ -1,0 +1,156 @@
+"""The condensed path: the same solutions, duals and gradients as the interior point, to rounding."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from quadratic_cases import arrays, instance, program_of
+
+from convexlearn.program.program import ProgramData, Status
+from convexlearn.program.reduce import reduce
+from convexlearn.solvers.base import polyhedral_residual
+from convexlearn.solvers.quadratic import shared
+from convexlearn.solvers.quadratic.solver import Quadratic, QuadraticOptions
+
+CASES = {"norm_inf": ("A", "B", "Q"), "two sides": ("A", "B", "Q"), "lasso": ("H", "rho")}
+
+
+def both(program, data):
+    """Solutions of the two paths."""
+    solver = Quadratic()
+    return tuple(solver.solve(program, data, QuadraticOptions(path=path)) for path in ("shared", "lanes"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_interior_point(name):
+    program, data = instance(name, batch=70, shared=CASES[name])
+    assert data.shared("A")
+    ours, other = both(program, data)
+    assert (ours.status == Status.SOLVED).all()
+    assert polyhedral_residual(program, data, ours.x, ours.z).max() < 1e-12
+    torch.testing.assert_close(ours.x, other.x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.z, other.z, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_agree_with_the_interior_point(name):
+    program, data = instance(name, batch=70, shared=CASES[name])
+    solver, generator = Quadratic(), torch.Generator().manual_seed(0)
+    found = []
+    dx = torch.randn(70, program.n, generator=generator, dtype=torch.float64)
+    dz = torch.randn(70, program.m, generator=generator, dtype=torch.float64)
+    for solution in both(program, data):
+        gradient = solver.adjoint(solution, dx, dz)
+        found.append(gradient)
+        for name_, field, given in zip("PqAb", gradient.fields(), data.fields()):
+            assert field.shape == given.shape, name_
+    for a, b in zip(found[0].fields(), found[1].fields()):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max() + 1))
+
+
+VARYING = [("norm_inf", "A"), ("norm_inf", "b"), ("two sides", "A"), ("lasso", "q"), ("lasso", "A"), ("lasso", "b")]
+
+
+@pytest.mark.parametrize(("name", "field"), VARYING)
+def test_gradients_match_central_differences(name, field):
+    """Upstream gradients of the kept part of x and of all z, along a random direction of the varying entries."""
+    program, data = instance(name, batch=3, shared=CASES[name])
+    solver, options, kept = Quadratic(), QuadraticOptions(path="shared"), reduce(program).keep
+    solution = solver.solve(program, data, options)
+    generator = torch.Generator().manual_seed(1)
+    dx = torch.zeros(3, program.n, dtype=torch.float64)
+    dx[:, kept] = torch.randn(3, len(kept), generator=generator, dtype=torch.float64)
+    dz = torch.randn(3, program.m, generator=generator, dtype=torch.float64)
+    gradient = getattr(solver.adjoint(solution, dx, dz), field)
+    direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+    direction *= torch.as_tensor(np.isnan(program.fixed["PqAb".index(field)]))
+
+    def value(step):
+        moved = replace(data, **{field: getattr(data, field) + step * direction})
+        other = solver.solve(program, moved, options)
+        return float((other.x * dx).sum() + (other.z * dz).sum())
+
+    expected = (value(1e-6) - value(-1e-6)) / 2e-6
+    assert abs(expected) > 1e-3
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_bitwise_the_same_for_any_number_of_threads():
+    program, data = instance("two sides", batch=150, shared=CASES["two sides"])
+    solver, results = Quadratic(), []
+    for threads in (1, 2, 3):
+        solution = solver.solve(program, data, QuadraticOptions(path="shared", threads=threads))
+        gradient = solver.adjoint(solution, solution.x, solution.z)
+        results.append((solution.x, solution.z, *gradient.fields()))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.equal(a, b)
+
+
+def box_qp(H, q, low, high):
+    """min 1/2 x'Hx + q'x over low <= x <= high for a batch of q, as a program that knows its coefficients."""
+    n = len(H)
+    A = np.concatenate([np.eye(n), -np.eye(n)])
+    program = program_of(
+        H, A, 0,
+        lambda P, full: (np.full(P.nnz, np.nan), np.full(n, np.nan), A[full.rows, full.cols], np.full(2 * n, np.nan)),
+    )  # fmt: skip
+    b = np.concatenate([high, -low], axis=1)
+    values = (H[program.P.rows, program.P.cols][None], q, A[program.A.rows, program.A.cols][None], b)
+    return program, ProgramData(*(torch.tensor(v) for v in values), batch=len(q))
+
+
+@pytest.mark.parametrize(("n", "rank", "seed"), [(30, 30, 0), (30, 30, 1), (20, 7, 2), (40, 40, 3)])
+def test_box_qps_that_are_hard_for_active_sets(n, rank, seed):
+    """Ill-conditioned and singular Hessians, where primal-dual active sets may cycle."""
+    rng = np.random.default_rng(seed)
+    F = rng.standard_normal((n, rank)) * np.logspace(0, -2, rank)
+    H, q = F @ F.T, 3 * rng.standard_normal((60, n))
+    low, high = -rng.random((60, n)), rng.random((60, n))
+    program, data = box_qp(H, q, low, high)
+    solution = Quadratic().solve(program, data, QuadraticOptions())
+    assert (solution.status == Status.SOLVED).all()
+    assert polyhedral_residual(program, data, solution.x, solution.z).max() < 1e-9
+    assert (solution.x >= torch.tensor(low) - 1e-8).all()
+
+
+def test_samples_that_do_not_settle_are_mended_by_the_interior_point():
+    rng = np.random.default_rng(0)
+    low, high, q = -np.ones((40, 5)), np.ones((40, 5)), rng.standard_normal((40, 5))
+    low[7, 2] = 2.0  # empty: infeasible
+    low[9] = high[9] = 0.25  # fixed
+    program, data = box_qp(np.eye(5), q, low, high)
+    solution = Quadratic().solve(program, data, QuadraticOptions())
+    assert solution.status[7] == Status.INFEASIBLE
+    others = torch.arange(40) != 7
+    assert (solution.status[others] == Status.SOLVED).all()
+    expected = torch.maximum(torch.minimum(-data.q, torch.tensor(high)), torch.tensor(low))
+    torch.testing.assert_close(solution.x[others], expected[others], rtol=0, atol=1e-12)
+    gradient = Quadratic().adjoint(solution, torch.ones_like(solution.x), torch.zeros_like(solution.z))
+    assert all(torch.isfinite(f).all() for f in gradient.fields())
+    assert (gradient.q[7] == 0).all()
+    free = (data.q.abs() < 1) & others[:, None] & (torch.arange(40) != 9)[:, None]
+    torch.testing.assert_close(gradient.q[free], -torch.ones_like(gradient.q[free]))
+
+
+def test_condensation_follows_the_matrices():
+    """The cached condensation is used only for the same matrices."""
+    program, data = instance("norm_inf", batch=4, shared=CASES["norm_inf"])
+    solver, options = Quadratic(), QuadraticOptions(path="shared")
+    first = solver.solve(program, data, options)
+    changed = ProgramData(data.P, data.q, data.A * (1 + 1e-3 * torch.as_tensor(np.isnan(program.fixed[2]))), data.b, 4)
+    second = solver.solve(program, changed, options)
+    assert not torch.allclose(first.x, second.x, atol=1e-6)
+    assert polyhedral_residual(program, changed, second.x, second.z).max() < 1e-12
+    again = solver.solve(program, data, options)
+    assert torch.equal(again.x, first.x)
+
+
+def test_refuses_to_condense_what_is_not_boxes():
+    program, data = instance("portfolio", batch=3, shared=("F",))
+    reduction = reduce(program)
+    assert not shared.condensable(reduction.box)
+    with pytest.raises(ValueError, match="path='shared' needs P and A common to the batch"):
+        Quadratic().solve(program, data, QuadraticOptions(path="shared"))
+    assert shared.condense(reduce(instance("lasso")[0]), *(arrays(instance("lasso", batch=1)[1])[k] for k in (0, 2)))
