@@ -13,9 +13,7 @@ from benchmarks.workloads import Layer, Workload
 
 def _cvxpylayer(workload: Workload, name: Any = None, **solver_args: Any) -> Layer:
     declared = workload.declare()
-    return CvxpyLayer(
-        declared.problem, declared.parameters, declared.variables, solver=name, solver_args=solver_args
-    )
+    return CvxpyLayer(declared.problem, declared.parameters, declared.variables, solver=name, solver_args=solver_args)
 
 
 def convexlearn(workload: Workload) -> Layer:

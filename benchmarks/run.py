@@ -114,9 +114,7 @@ def has_reference(workload: Workload) -> bool:
 def best_accurate(rows: dict[str, Row]) -> float | None:
     """Total time of the fastest cvxpylayers back end whose errors are below ACCURATE (or unknown)."""
     accurate = [
-        row.total
-        for name, row in rows.items()
-        if name in peers.CVXPYLAYERS and not row.overall_error > ACCURATE
+        row.total for name, row in rows.items() if name in peers.CVXPYLAYERS and not row.overall_error > ACCURATE
     ]
     return min(accurate, default=None)
 

@@ -20,6 +20,8 @@ from convexlearn.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "LQG",
+    "LQR",
     "AffineRule",
     "ConvexLayer",
     "ConvexRule",
@@ -28,8 +30,6 @@ __all__ = [
     "Evaluation",
     "History",
     "KalmanFilter",
-    "LQG",
-    "LQR",
     "LayerSolution",
     "NeuralRule",
     "Role",

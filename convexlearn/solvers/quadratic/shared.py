@@ -12,7 +12,6 @@ import numpy as np
 import scipy.linalg
 
 from convexlearn.parallel import count, run
-from convexlearn.program.program import Sparsity
 from convexlearn.program.reduce import Arrays, BoxProgram, Reduction
 
 LARGEST = 400  # dense factorizations per sample beyond this size cost more than sparse ones
