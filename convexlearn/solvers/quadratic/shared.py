@@ -64,7 +64,8 @@ class Arrangement:
         position[basic] = np.arange(len(inner), box.n)
         lists = [inner, basic, position[box.lower], position[box.upper], position[box.absolute]]
         header = len(lists) + 1 + np.cumsum([0, *(len(v) for v in lists)])
-        P_at, A_at = (position[box.P.rows], position[box.P.cols]), (box.A.rows, position[box.A.cols])
+        P_at = position[box.P.rows], position[box.P.cols]
+        A_at = box.A.rows.astype(np.int64), position[box.A.cols]
         return cls(inner, position, P_at, A_at, np.concatenate([header, *lists]).astype(np.int32))
 
 
@@ -100,67 +101,24 @@ def condense(
     box = reduction.box
     P_box, A_box, _ = reduction.matrices(P, A)
     own = arrange(box, A_box[0]) if arrangement is None else arrangement
-    parts = None if own is None else _condensed_matrices(box, own, P_box[0], A_box[0])
-    if parts is None:
+    dense = None if own is None else _condensed_matrices(box, own, P_box, A_box)
+    if dense is None or own is None:
         return None if arrangement is None else condense(reduction, P, A)
-    assert own is not None
-    return Condensed(
-        reduction,
-        own,
-        (P.tobytes(), A.tobytes()),
-        np.concatenate([m.ravel() for m in parts]),
-        (reduction.ends[-1], reduction.dual_ends[-1]),
-    )
+    lengths = (reduction.ends[-1], reduction.dual_ends[-1])
+    return Condensed(reduction, own, (P.tobytes(), A.tobytes()), dense, lengths)
 
 
-def _condensed_matrices(
-    box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.ndarray
-) -> tuple[np.ndarray, ...] | None:
-    """[H, H^-1 or nothing, Kb, Ku, mixed, P_basic], or None where the basic variables are a bad choice."""
-    n, rows = len(own.inner), box.A.shape[0]
-    Q = np.zeros((box.n, box.n))
-    Q[own.P_at] = P
-    Q[own.P_at[::-1]] = P
-    H, others = Q, ()
-    if rows:
-        equality = np.zeros((rows, box.n))
-        equality[own.A_at] = A
-        Kb = _inverse(equality[:, n:])
-        if Kb is None:
-            return None
-        Ku = -Kb @ equality[:, :n]
-        to_inner = Q[n:, :n] + Q[n:, n:] @ Ku  # P_BN + P_BB Ku
-        H = Q[:n, :n] + Q[:n, n:] @ Ku + Ku.T @ to_inner
-        H = 0.5 * (H + H.T)
-        others = (Kb, Ku, Kb.T @ to_inner, Q[n:])
-    inverse = NOTHING if len(box.absolute) else _positive_inverse(H)
-    return (H, inverse, *others)
+def _condensed_matrices(box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.ndarray) -> np.ndarray | None:
+    """The matrices that shared_kernels reads, or None where the basic variables are a bad choice."""
+    from convexlearn.solvers.quadratic.condense_kernels import condense
 
-
-def _inverse(matrix: np.ndarray) -> np.ndarray | None:
-    """The inverse, or None where the matrix is too close to singular."""
-    try:
-        inverse = np.linalg.inv(matrix)
-    except np.linalg.LinAlgError:
+    n, rows, wanted = len(own.inner), box.A.shape[0], not len(box.absolute)
+    dense = np.empty(n * n * (1 + wanted) + rows * (3 * n + 2 * rows))
+    sizes = np.array([n, rows, wanted])
+    found = condense(*own.P_at, P[0], *own.A_at, A[0], sizes, CONDITION, dense)
+    if not found:
         return None
-    return inverse if _condition(matrix, inverse) < CONDITION else None
-
-
-def _condition(matrix: np.ndarray, inverse: np.ndarray) -> float:
-    """Condition number in the norm of the largest row sum."""
-    return float(np.abs(matrix).sum(1).max(initial=0.0) * np.abs(inverse).sum(1).max(initial=0.0))
-
-
-def _positive_inverse(H: np.ndarray) -> np.ndarray:
-    """H^-1 of a well-conditioned positive definite H, (0, 0) otherwise."""
-    factor, info = scipy.linalg.lapack.dpotrf(H, lower=1)
-    if info != 0:
-        return NOTHING
-    inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
-    if info != 0:
-        return NOTHING
-    inverse = np.tril(inverse) + np.tril(inverse, -1).T
-    return inverse if _condition(H, inverse) < CONDITION else NOTHING
+    return dense[: len(dense) - n * n] if wanted and found == 1 else dense
 
 
 @dataclass(frozen=True, eq=False)

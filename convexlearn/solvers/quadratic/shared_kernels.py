@@ -1,6 +1,6 @@
 """Compiled passes of the condensed path: forward and backward of up to WIDTH samples in one call each.
 
-`dense` holds the matrices [H, H^-1 (or nothing), Kb, Ku, mixed, P_basic] back to back, `index` the
+`dense` holds the matrices [H, Kb, Ku, mixed, P_basic, H^-1 or nothing] back to back, `index` the
 lists (header as in reduction_kernels) inner, basic, lower, upper, absolute. Columns of P_basic are
 in the order inner, basic.
 """
@@ -32,18 +32,17 @@ INNER, BASIC, LOWER_AT, UPPER_AT, ABSOLUTE_AT = range(5)
 def matrices(index, dense):
     """H, its inverse (or nothing), Kb, Ku, mixed, P_basic."""
     n, rows = len(part(index, INNER)), len(part(index, BASIC))
-    tail = 2 * rows * n + rows * rows + rows * (n + rows)
-    inverse = 1 if len(dense) > n * n + tail else 0
-    H = dense[: n * n].reshape(n, n)
-    at = n * n * (1 + inverse)
-    S = dense[n * n : at].reshape(n * inverse, n)
+    H, at = dense[: n * n].reshape(n, n), n * n
     Kb = dense[at : at + rows * rows].reshape(rows, rows)
     at += rows * rows
     Ku = dense[at : at + rows * n].reshape(rows, n)
     at += rows * n
     mixed = dense[at : at + rows * n].reshape(rows, n)
     at += rows * n
-    return H, S, Kb, Ku, mixed, dense[at : at + rows * (n + rows)].reshape(rows, n + rows)
+    P_basic = dense[at : at + rows * (n + rows)].reshape(rows, n + rows)
+    at += rows * (n + rows)
+    S = dense[at:].reshape(n if at < len(dense) else 0, n)
+    return H, S, Kb, Ku, mixed, P_basic
 
 
 @helper
