@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 from contracts import RuleContract
 from reference import assert_gradients_match_differences, close, tensor
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from convexlearn import ConvexRule, Role
@@ -402,3 +403,13 @@ def test_repr_shows_learned_and_fixed():
 def test_count_parameters():
     assert rule_of().count_parameters() == {Role.OBJECTIVE: 4, Role.HYPER: 0, Role.NETWORK: 0}
     assert rule_of(learn=["rho"]).count_parameters()[Role.OBJECTIVE] == 1
+
+
+def test_safetensors_round_trip(x, tmp_path):
+    tuned = rule_of()
+    tuned.rho = 0.2
+    save_file(tuned.state_dict(), tmp_path / "rule.safetensors")
+    fresh = rule_of()
+    fresh.load_state_dict(load_file(tmp_path / "rule.safetensors"))
+    assert torch.equal(fresh(x), tuned(x))
+    assert not torch.equal(rule_of()(x), tuned(x))
