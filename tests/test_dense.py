@@ -1,3 +1,5 @@
+import contextlib
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ from reference import assert_as_cvxpy, close, gradients, tensor
 from solver_contract import CLOSED_FORMS, layer_or_skip, normal
 
 from convexlearn import ConvexLayer, Status
+from convexlearn.errors import AdjointWarning
 from convexlearn.program.program import Cones, Program, ProgramData, Sparsity
 from convexlearn.solvers.base import dual_infeasible, primal_infeasible
-from convexlearn.solvers.quadratic.dense import Dense, DenseOptions, active_set_solution
+from convexlearn.solvers.quadratic.dense import Dense, DenseOptions
+from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 QUADRATIC = [n for n in CLOSED_FORMS if n not in ("norm ball", "exponential cones") and "semidefinite" not in n]
 
@@ -184,7 +188,9 @@ def test_linear_program_with_many_solutions():
     assert result.status.item() == Status.SOLVED
     (found,) = result.variables
     close((found.detach() * cost.detach()).sum(), tensor(1.0), 1e-8)
-    assert torch.isfinite(torch.autograd.grad(found[0], cost)[0]).all()
+    with pytest.warns(AdjointWarning, match="1 of 1 samples missed its tolerance"):
+        (gradient,) = torch.autograd.grad(found[0], cost)
+    assert gradient.abs().max() < 1e3
 
 
 def test_feasibility_problem():
@@ -211,7 +217,7 @@ CERTIFICATES = {
     "contradicting equalities": (np.eye(2), [0, 0], [[1.0, 1.0], [2.0, 2.0]], [1.0, 3.0], 2, Status.INFEASIBLE),
     "empty row": (np.eye(1), [0], [[0.0]], [-1.0], 0, Status.INFEASIBLE),
     "nearly contradicting": (np.eye(1), [0], [[1.0], [-1.0]], [0.0, -1e-3], 0, Status.INFEASIBLE),
-    "linear descent": (np.zeros((2, 2)), [1.0, 0], [[-1.0, 0.0]], [1.0], 0, Status.SOLVED),
+    "undetermined coordinate": (np.zeros((2, 2)), [1.0, 0], [[-1.0, 0.0]], [1.0], 0, Status.SOLVED),
     "unbounded ray": (np.zeros((2, 2)), [-1.0, 0], [[-1.0, 0.0]], [1.0], 0, Status.UNBOUNDED),
     "flat quadratic": (np.diag([1.0, 0.0]), [0, -1.0], [[1.0, 0.0]], [1.0], 0, Status.UNBOUNDED),
     "unbounded along an equality": (np.zeros((2, 2)), [-1.0, -1.0], [[1.0, -1.0]], [0.0], 1, Status.UNBOUNDED),
@@ -225,7 +231,9 @@ def test_certificates(name, scale):
     program, data = stated(scale * P, scale * np.array(q, dtype=float), np.array(A), np.array(b), zero)
     solution = Dense().solve(program, data, DenseOptions())
     assert solution.status.item() == expected
-    gradient = Dense().adjoint(solution, torch.ones_like(solution.x), torch.ones_like(solution.z))
+    undetermined = pytest.warns(AdjointWarning) if expected == Status.SOLVED else contextlib.nullcontext()
+    with undetermined:
+        gradient = Dense().adjoint(solution, torch.ones_like(solution.x), torch.ones_like(solution.z))
     assert all(torch.isfinite(g).all() for g in gradient.fields())
     if expected != Status.SOLVED:
         assert solution.x.isnan().all()

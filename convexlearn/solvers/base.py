@@ -1,12 +1,13 @@
 """The contract of a solver, its options, and the optimality residuals that decide a status."""
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, check_options
+from convexlearn.errors import AdjointWarning, OptionError, check_options
 from convexlearn.program.program import (
     INACCURATE_RESIDUAL,
     SOLVED_RESIDUAL,
@@ -15,6 +16,8 @@ from convexlearn.program.program import (
     Solution,
     Status,
 )
+
+ADJOINT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,20 @@ def polyhedral_residual(program: Program, data: ProgramData, x: Tensor, z: Tenso
     )
     worst = torch.stack(parts).amax(0)
     return torch.where(torch.isfinite(x).all(1) & torch.isfinite(z).all(1), worst, torch.inf)
+
+
+def warn_adjoint(residual: Any) -> None:
+    """AdjointWarning where a relative residual (B,) of the backward linear solve exceeds ADJOINT_TOLERANCE."""
+    missed = [k for k, r in enumerate(residual.tolist()) if not r <= ADJOINT_TOLERANCE]
+    if missed:
+        worst = max(missed, key=lambda k: residual[k])
+        warnings.warn(
+            f"the backward linear solve of {len(missed)} of {len(residual)} samples missed its tolerance (worst: "
+            f"sample {worst}, relative residual {float(residual[worst]):.1e}): the solution is not unique there, so "
+            "its gradient is a least-squares one; add a small quadratic term, or use smoothing",
+            AdjointWarning,
+            stacklevel=4,
+        )
 
 
 def _largest(v: Tensor) -> Tensor:

@@ -19,12 +19,15 @@ from convexlearn.solvers.base import (
     primal_infeasible,
     product,
     status_from_residual,
+    warn_adjoint,
 )
+from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 CERTIFICATE_TOLERANCE = 1e-7
 REGULARIZATION = 1e-11
 SHIFT = 1e-10  # of the equilibrated optimality conditions
 EQUILIBRATIONS = 12
+SINGULAR = 1e-6
 POLISH_ROUNDS = 4
 MU_FLOOR = 1e-14  # below it rounding dominates; the polish decides
 
@@ -69,8 +72,12 @@ class Dense:
         rhs = torch.where(ok, torch.cat([dx, dz], 1), 0.0)
         x, z = torch.where(ok, solution.x, 0.0), torch.where(ok, solution.z, 0.0)
         w = _solve_kkt(problem, a, d, rhs, transposed=True)
-        wx, wz = w[:, : solution.program.n], a * w[:, solution.program.n :]
-        return _data_gradient(solution, x, z, torch.where(ok, wx, 0.0), torch.where(ok, wz, 0.0))
+        wx, wz = (torch.where(ok, v, 0.0) for v in (w[:, : solution.program.n], a * w[:, solution.program.n :]))
+        terms = (problem.P @ wx[:, :, None])[:, :, 0], (problem.A.mT @ wz[:, :, None])[:, :, 0], rhs[:, : dx.shape[1]]
+        if dx.numel():
+            size = torch.stack([t.abs().amax(1) for t in (*terms, rhs)]).amax(0).clamp(min=1e-300)
+            warn_adjoint((terms[0] + terms[1] - terms[2]).abs().amax(1) / size)
+        return _data_gradient(solution, x, z, wx, wz)
 
     def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
         """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
@@ -105,7 +112,7 @@ class _Problem:
 
 
 def _solve_kkt(problem: _Problem, a: Tensor, d: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
-    """Solve [P, A'; aA, -d] v = rhs (or its transpose), a and d (B, m), by regularized LU with refinement."""
+    """Solve [P, A'; aA, -d] v = rhs (or its transpose), a and d (B, m): regularized LU, or least squares."""
     n, m = problem.program.n, problem.program.m
     K = rhs.new_zeros(len(rhs), n + m, n + m)
     K[:, :n, :n] = problem.P
@@ -133,6 +140,9 @@ def _solve_kkt(problem: _Problem, a: Tensor, d: Tensor, rhs: Tensor, transposed:
             break
         v = torch.where(better[:, None, None], update, v)
         best = torch.where(better, error, best)
+    singular = best > SINGULAR * rhs.abs().amax((1, 2))
+    if bool(singular.any()):  # inconsistent: the shift alone would return a huge step along the null space
+        v[singular] = torch.linalg.pinv(K[singular], rtol=1e-12) @ rhs[singular]
     return C * v[:, :, 0]
 
 
@@ -377,24 +387,3 @@ def _equilibrate(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
         return D, E, q.new_ones(len(q))
     size = torch.maximum((D * q).abs().amax(1), (D[:, :, None] * P * D[:, None, :]).abs().mean(1).amax(1))
     return D, E, 1 / torch.where(size > 1e-12, size, 1.0)
-
-
-def active_set_solution(program: Program, fields: tuple[Tensor, ...], active: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, n) and z (B, m) as torch-differentiable functions of the data at a fixed active set (B, m).
-
-    Exact to every order of differentiation wherever the active set is locally constant. The shift (refinement
-    undoes it) keeps redundant rows and failed samples from making the system singular.
-    """
-    P, q, A, b = fields
-    upper, dense = program.P.dense(P), program.A.dense(A)
-    P, a = upper + upper.triu(1).mT, active.to(q.dtype)
-    top = torch.cat([P.expand(len(a), -1, -1), dense.mT.expand(len(a), -1, -1)], 2)
-    bottom = torch.cat([a[:, :, None] * dense, -torch.diag_embed(1 - a)], 2)
-    K, rhs = torch.cat([top, bottom], 1), torch.cat([-q.expand(len(a), -1), a * b], 1)[:, :, None]
-    sign = torch.cat([q.new_full((program.n,), SHIFT), q.new_full((program.m,), -SHIFT)])
-    size = K.detach().abs().amax((1, 2), keepdim=True).clamp(min=1.0)
-    factor = torch.linalg.lu_factor(K + size * sign.diag())
-    v = torch.linalg.lu_solve(*factor, rhs)
-    for _ in range(3):
-        v = v + torch.linalg.lu_solve(*factor, rhs - K @ v)
-    return v[:, : program.n, 0], v[:, program.n :, 0]

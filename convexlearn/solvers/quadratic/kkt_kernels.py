@@ -101,6 +101,29 @@ def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, st
 
 
 @entry
+def adjoint_residuals(P_row, P_col, A_row, A_col, P, A, dx, dz, vx, vz, out, start, stop):
+    """out (B,) = |P vx + A'vz - dx| over the largest of the three terms and dz, for samples start:stop."""
+    n, m = vx.shape[1], vz.shape[1]
+    for k in range(start, stop, WIDTH):
+        width = min(WIDTH, stop - k)
+        bd, bx, bz = np.empty((n, width)), np.empty((n, width)), np.empty((m, width))
+        Px, Az = np.zeros((n, width)), np.zeros((n, width))
+        transpose_in(dx, k, 1.0, bd)
+        transpose_in(vx, k, 1.0, bx)
+        transpose_in(vz, k, 1.0, bz)
+        add_quadratic(P_row, P_col, P, k, bx, Px)
+        multiply(A, k, A_col, A_row, 1.0, bz, Az)
+        for j in range(width):
+            error, size = 0.0, 1e-300
+            for i in range(n):
+                error = max(error, abs(Px[i, j] + Az[i, j] - bd[i, j]))
+                size = max(size, abs(Px[i, j]), abs(Az[i, j]), abs(bd[i, j]))
+            for i in range(m):
+                size = max(size, abs(dz[k + j, i]))
+            out[k + j] = error / size
+
+
+@entry
 def gradients(P_row, P_col, A_row, A_col, x, z, vx, vz, gP, gA, block_P, block_A, start, stop):
     """`gradient_block` of samples start:stop (at most WIDTH where a block is summed)."""
     n, m = x.shape[1], z.shape[1]

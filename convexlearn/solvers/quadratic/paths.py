@@ -110,6 +110,16 @@ def residuals(program: Program, data: Arrays, solution: Pair, threads: int | Non
     return out
 
 
+def adjoint_residuals(program: Program, data: Arrays, upstream: Pair, adjoint: Pair, threads: int | None) -> np.ndarray:
+    """Relative residuals (B,) of the adjoint's stationarity rows P vx + A'vz = dx on the original program."""
+    from convexlearn.solvers.quadratic import kkt_kernels
+
+    out = np.empty(len(upstream[0]))
+    constants = (program.P.rows, program.P.cols, program.A.rows, program.A.cols, data[0], data[2], *upstream)
+    run(lambda i, j, _: kkt_kernels.adjoint_residuals(*constants, *adjoint, out, i, j), len(out), threads)
+    return out
+
+
 def gradients(program: Program, data: Arrays, solution: Pair, adjoint: Pair, threads: int | None) -> Arrays:
     """Data gradients: products of solution and adjoint at the stored entries, summed where P or A is shared."""
     from convexlearn.solvers.quadratic import kkt_kernels

@@ -12,9 +12,25 @@ from torch import Tensor
 from convexlearn.errors import OptionError, suggest
 from convexlearn.program.program import SOLVED_RESIDUAL, Program, ProgramData, Solution, Status
 from convexlearn.program.reduce import Arrays, Reduction, reduce
-from convexlearn.solvers.base import Options, dual_infeasible, primal_infeasible, product, status_from_residual
+from convexlearn.solvers.base import (
+    Options,
+    dual_infeasible,
+    primal_infeasible,
+    product,
+    status_from_residual,
+    warn_adjoint,
+)
 from convexlearn.solvers.quadratic import shared
-from convexlearn.solvers.quadratic.paths import LanesPart, Outcome, Part, select, solve_lanes, solve_shared
+from convexlearn.solvers.quadratic.paths import (
+    LanesPart,
+    Outcome,
+    Part,
+    adjoint_residuals,
+    select,
+    solve_lanes,
+    solve_shared,
+)
+from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 PATHS = ("auto", "shared", "lanes")
 CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
@@ -95,13 +111,16 @@ class Quadratic:
             total = _add(total, found, data, rows)
         if total is None:
             total = [np.zeros((min(len(f), 1), f.shape[1])) for f in data]
+        else:
+            vx, vz = (np.ascontiguousarray(v) for v in (-total[1], total[3]))
+            warn_adjoint(
+                np.where(ok, adjoint_residuals(solution.program, data, (dx_, dz_), (vx, vz), state.threads), 0.0)
+            )
         sums = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(data, total))
         return ProgramData(*(torch.from_numpy(g).to(dx.device) for g in sums), batch=solution.data.batch)
 
     def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
         """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
-        from convexlearn.solvers.quadratic.dense import active_set_solution
-
         slack = solution.data.b - product(solution.program, solution.data.A, solution.x)
         active = solution.z > slack
         active[:, : solution.program.cones.zero] = True
