@@ -16,6 +16,7 @@ from convexlearn.layer_arguments import (
     batch_shape,
     check_declaration,
     check_value,
+    concatenate,
     count_text,
     failure_text,
     fallback_rows,
@@ -286,7 +287,7 @@ class _Call:
             (batched if self.batched[f.index] else shared).append(value)
         like = params[0] if params else torch.zeros(1, 0, dtype=torch.float64)
         shared.append(like.new_ones(1, 1))
-        return torch.cat(shared, 1), torch.cat(batched, 1) if batched else like.new_zeros(self.size, 0)
+        return concatenate(shared), concatenate(batched) if batched else like.new_zeros(self.size, 0)
 
     def outputs(self, x: Tensor, z: Tensor, differentiable: bool = False) -> list[Tensor]:
         """Flat outputs (B, size) from the canonical solution."""
@@ -325,13 +326,20 @@ class _Solve(torch.autograd.Function):
             return None, *_second_order(ctx, grads)
         call, params = ctx.call, ctx.saved_tensors
         solution = call.solution
-        dx, dz = torch.zeros_like(solution.x), torch.zeros_like(solution.z)
+        complete = bool(ctx.usable.all())
+        dx = dz = None
         for k, (recovery, matrix) in enumerate(zip(call.layer._compiled.outputs, call.layer._outputs)):
-            g = torch.where(ctx.usable[:, None], grads[k] * ctx.raw[k] if recovery.exp else grads[k], 0.0)
-            target = dz if recovery.dual else dx
-            target += matrix.transposed(g.contiguous())
-        status = torch.where(ctx.usable, solution.status.clamp(max=Status.INACCURATE), Status.FAILED)
-        gradient = call.layer._solver.adjoint(replace(solution, status=status), dx, dz)
+            g = grads[k] * ctx.raw[k] if recovery.exp else grads[k]
+            g = matrix.transposed((g if complete else torch.where(ctx.usable[:, None], g, 0.0)).contiguous())
+            if recovery.dual:
+                dz = g if dz is None else dz + g
+            else:
+                dx = g if dx is None else dx + g
+        dx, dz = _or_zeros(dx, solution.x), _or_zeros(dz, solution.z)
+        if not complete or call.limited:
+            status = torch.where(ctx.usable, solution.status.clamp(max=Status.INACCURATE), Status.FAILED)
+            solution = replace(solution, status=status)
+        gradient = call.layer._solver.adjoint(solution, dx, dz)
         shared, varying = call.map.gradient(gradient)
         result: list[Tensor | None] = [None] * len(params)
         offset = {False: 0, True: 0}
@@ -346,6 +354,12 @@ class _Solve(torch.autograd.Function):
             g = g / params[f.index] if f.log else g
             result[f.index] = g if result[f.index] is None else result[f.index] + g
         return None, *result
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:  # numpy's zeros cost nothing until they are read, torch's start its threads
+        gradient = torch.from_numpy(np.zeros(like.shape)) if like.device.type == "cpu" else torch.zeros_like(like)
+    return gradient
 
 
 def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

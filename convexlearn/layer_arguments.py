@@ -165,9 +165,26 @@ def failure_text(failed: Tensor, status: Tensor, shape: torch.Size, most: int = 
     )
 
 
+def concatenate(parts: list[Tensor]) -> Tensor:
+    """Tensors (B, k) side by side; plain CPU tensors by numpy, since torch's threads would spin beside the solver's."""
+    if len(parts) == 1:
+        return parts[0]
+    if torch.is_grad_enabled() or parts[0].device.type != "cpu":
+        return torch.cat(parts, 1)
+    return torch.from_numpy(np.concatenate([p.numpy() for p in parts], 1))
+
+
+def _all_finite(value: Tensor) -> bool:
+    if value.device.type == "cpu":
+        with np.errstate(all="ignore"):
+            if np.isfinite(value.numpy().sum()):  # one pass, no copy; a sum may overflow though all is finite
+                return True
+    return bool(torch.isfinite(value).all())
+
+
 def check_value(spec: ParameterSpec, value: Tensor) -> None:
     """Raise DomainError, naming parameter and batch element, for NaN, inf and values outside the domain."""
-    if not bool(torch.isfinite(value).all()):
+    if not _all_finite(value):
         where = torch.nonzero(~torch.isfinite(value))[0].tolist()
         leading = where[: value.dim() - len(spec.shape)]
         element = f" in batch element {leading[0] if len(leading) == 1 else tuple(leading)}" if leading else ""
