@@ -99,6 +99,11 @@ class Domain:
         return ", ".join(self.words) or "unconstrained"
 
     @property
+    def checked(self) -> bool:
+        """True when some values lie outside; symmetry is no domain, matrices are symmetrised."""
+        return self.lower is not None or self.upper is not None or self.structure not in ("full", "symmetric")
+
+    @property
     def symmetric(self) -> bool:
         """True when the parameter is a symmetric matrix."""
         return self.structure in ("symmetric", "diag", "PSD", "NSD")

@@ -1,11 +1,12 @@
 """ConvexLayer: a parametrized CVXPY problem and a solver as one autograd node; drop-in for CvxpyLayer."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +16,6 @@ from convexlearn.layer_arguments import (
     as_tensor,
     batch_shape,
     check_declaration,
-    check_value,
-    concatenate,
     count_text,
     failure_text,
     fallback_rows,
@@ -24,13 +23,14 @@ from convexlearn.layer_arguments import (
     read_options,
     result_type,
 )
+from convexlearn.layer_node import Call, Node, Solve
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
 from convexlearn.program.declaration import Declaration, quiet
 from convexlearn.program.program import Solution, Status
 from convexlearn.program.self_check import self_check
 from convexlearn.solvers import choose, find
-from convexlearn.solvers.base import Options, Solver
+from convexlearn.solvers.base import Solver
 
 POLICIES = ("raise", "nan", "fallback")
 
@@ -45,12 +45,29 @@ class LayerSolution:
     """
 
     variables: tuple[Tensor, ...]
-    ok: Tensor
-    status: Tensor
-    iterations: Tensor
-    residual: Tensor
     solution: Solution
+    batch: tuple[int, ...]
     limited: bool = False
+
+    @property
+    def ok(self) -> Tensor:
+        """(*batch,) True where the sample is solved, maybe inaccurately."""
+        return self.solution.ok.reshape(self.batch)
+
+    @property
+    def status(self) -> Tensor:
+        """(*batch,) values of Status."""
+        return self.solution.status.reshape(self.batch)
+
+    @property
+    def iterations(self) -> Tensor:
+        """(*batch,) iterations of the solver."""
+        return self.solution.iterations.reshape(self.batch)
+
+    @property
+    def residual(self) -> Tensor:
+        """(*batch,) relative KKT residual."""
+        return self.solution.residual.reshape(self.batch)
 
     def detach(self) -> "LayerSolution":
         """The same without the autograd graph, to be kept for a warm start."""
@@ -104,7 +121,7 @@ class ConvexLayer(nn.Module):
             self_check(self._compiled, self._declaration, gp, self._solver.native_objective)
         self._options = read_options(self._solver, self._solver.options(verbose=verbose), solver_args or {})
         self._explicit_limit = is_limited(solver_args or {})
-        self._outputs = tuple(SparseMap(r.matrix) for r in self._compiled.outputs)
+        self._bounded = tuple(k for k, p in enumerate(self._compiled.parameters) if p.domain.checked)
         self._maps: dict[tuple[bool, ...], DataMap] = {}
         self._last: LayerSolution | None = None
         self._fallback = fallback_rows(fallback, self._compiled, on_failure)
@@ -139,11 +156,11 @@ class ConvexLayer(nn.Module):
     def judge(self, result: LayerSolution) -> None:
         """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
         status = result.solution.status
-        if not bool((status != Status.SOLVED).any()):
+        if not bool(status.any()):  # SOLVED is 0
             return
         stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & result.limited
         failed = ~result.solution.ok & ~stopped
-        shape = result.status.shape
+        shape = result.batch
         if bool(stopped.any()):
             text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
             warnings.warn(text, LimitWarning, stacklevel=3)
@@ -192,31 +209,26 @@ class ConvexLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_last": None}
+        state = {**self.__dict__, "_last": None}
+        state.pop("_node", None)  # holds a method of this layer, not of the copy
+        return state
 
     def _run(
         self, params: tuple, by_name: dict, solver_args: dict | None, warm_start: LayerSolution | bool
     ) -> LayerSolution:
         values = self._bind(params, by_name)
         batch, batched = batch_shape(self._compiled, values)
-        dtype = result_type(values)
-        size = int(np.prod(batch, dtype=int))
-        flat = tuple(
-            v.reshape(size if b else 1, int(np.prod(p.shape, dtype=int))).to(torch.float64)
-            for v, b, p in zip(values, batched, self._compiled.parameters)
-        )
-        for spec, value in zip(self._compiled.parameters, values):
-            check_value(spec, value.detach())
+        size = math.prod(batch)
+        for k in self._bounded:
+            spec = self._compiled.parameters[k]
+            spec.domain.check(spec.name, values[k].detach())
         options = self._options if not solver_args else read_options(self._solver, self._options, solver_args)
         limited = self._explicit_limit or is_limited(solver_args or {})
-        call = _Call(self, self._map(batched), batched, size, options, limited, self._warm(warm_start, size))
-        raw = _Solve.apply(call, *flat)
-        variables = tuple(r.to(dtype).reshape((*batch, *o.shape)) for r, o in zip(raw, self._compiled.outputs))
-        s = call.solution
-        result = LayerSolution(
-            variables, s.ok.reshape(batch), s.status.reshape(batch), s.iterations.reshape(batch),
-            s.residual.reshape(batch), s, limited,
-        )  # fmt: skip
+        warm = self._warm(warm_start, size) if warm_start else None
+        dtype = result_type(values)
+        call = Call(self._node, self._map(batched), batch, batched, size, dtype, options, limited, warm)
+        variables = Solve.apply(call, *values)
+        result = LayerSolution(variables, call.solution, batch, limited)
         if warm_start is True:
             self._last = result.detach()
         return result
@@ -242,10 +254,16 @@ class ConvexLayer(nn.Module):
     def _map(self, batched: tuple[bool, ...]) -> DataMap:
         key = tuple(batched[f.index] for f in self._compiled.features)
         if key not in self._maps:
-            sizes = [int(np.prod(p.shape, dtype=int)) for p in self._compiled.parameters]
-            widths = tuple(sizes[f.index] for f in self._compiled.features)
+            widths = tuple(self._node.sizes[f.index] for f in self._compiled.features)
             self._maps[key] = DataMap(self._compiled, widths, key)
         return self._maps[key]
+
+    @cached_property
+    def _node(self) -> Node:
+        compiled = self._compiled
+        outputs = tuple(SparseMap(r.matrix) for r in compiled.outputs)
+        sizes = tuple(math.prod(p.shape) for p in compiled.parameters)
+        return Node(compiled, self._solver, outputs, sizes, self._filler)
 
     def _warm(self, warm_start: LayerSolution | bool, size: int) -> Solution | None:
         last = self._last if warm_start is True else warm_start
@@ -264,122 +282,6 @@ class ConvexLayer(nn.Module):
         else:
             rows = [r.new_full((r.shape[1],), torch.nan) for r in raw]
         return [torch.where(failed[:, None], row, r) for row, r in zip(rows, raw)]
-
-
-@dataclass(eq=False)
-class _Call:
-    """One forward pass: what the autograd node needs, and the solution it leaves behind."""
-
-    layer: ConvexLayer
-    map: DataMap
-    batched: tuple[bool, ...]
-    size: int
-    options: Options
-    limited: bool
-    warm: Solution | None
-    solution: Any = None
-
-    def features(self, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(shared features and a final 1, batched features) from the flat parameters."""
-        shared, batched = [], []
-        for f in self.layer._compiled.features:
-            value = params[f.index].log() if f.log else params[f.index]
-            (batched if self.batched[f.index] else shared).append(value)
-        like = params[0] if params else torch.zeros(1, 0, dtype=torch.float64)
-        shared.append(like.new_ones(1, 1))
-        return concatenate(shared), concatenate(batched) if batched else like.new_zeros(self.size, 0)
-
-    def outputs(self, x: Tensor, z: Tensor, differentiable: bool = False) -> list[Tensor]:
-        """Flat outputs (B, size) from the canonical solution."""
-        apply = SparseMap.differentiable if differentiable else SparseMap.__call__
-        result = []
-        for recovery, matrix in zip(self.layer._compiled.outputs, self.layer._outputs):
-            y = apply(matrix, z if recovery.dual else x)
-            if recovery.offset.any():
-                y = y + torch.as_tensor(recovery.offset, device=y.device)
-            result.append(y.exp() if recovery.exp else y)
-        return result
-
-
-class _Solve(torch.autograd.Function):
-    """Parameters (1 or B, k) -> outputs (B, size); backward is the adjoint of the optimality conditions."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *params: Tensor) -> tuple[Tensor, ...]:
-        data = call.map(*call.features(params), call.size)
-        layer, program = call.layer, call.layer._compiled.program
-        solution = layer._solver.solve(program, data, call.options, call.warm)
-        call.solution = solution
-        usable = solution.ok
-        if call.limited:
-            usable = usable | ((solution.status == Status.FAILED) & torch.isfinite(solution.x).all(1))
-        raw = call.outputs(solution.x, solution.z)
-        if not bool(usable.all()):
-            raw = layer._filler(~usable, raw)
-        ctx.call, ctx.usable, ctx.raw = call, usable, raw if layer.gp else None
-        ctx.save_for_backward(*params)
-        return tuple(raw)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return None, *_second_order(ctx, grads)
-        call, params = ctx.call, ctx.saved_tensors
-        solution = call.solution
-        complete = bool(ctx.usable.all())
-        dx = dz = None
-        for k, (recovery, matrix) in enumerate(zip(call.layer._compiled.outputs, call.layer._outputs)):
-            g = grads[k] * ctx.raw[k] if recovery.exp else grads[k]
-            g = matrix.transposed((g if complete else torch.where(ctx.usable[:, None], g, 0.0)).contiguous())
-            if recovery.dual:
-                dz = g if dz is None else dz + g
-            else:
-                dx = g if dx is None else dx + g
-        dx, dz = _or_zeros(dx, solution.x), _or_zeros(dz, solution.z)
-        if not complete or call.limited:
-            status = torch.where(ctx.usable, solution.status.clamp(max=Status.INACCURATE), Status.FAILED)
-            solution = replace(solution, status=status)
-        gradient = call.layer._solver.adjoint(solution, dx, dz)
-        shared, varying = call.map.gradient(gradient)
-        result: list[Tensor | None] = [None] * len(params)
-        offset = {False: 0, True: 0}
-        for f in call.layer._compiled.features:
-            kind, width = call.batched[f.index], params[f.index].shape[1]
-            start = offset[kind]
-            offset[kind] = start + width
-            if not ctx.needs_input_grad[f.index + 1]:
-                continue
-            source = varying if kind else shared
-            g = torch.zeros_like(params[f.index]) if source is None else source[:, start : start + width]
-            g = g / params[f.index] if f.log else g
-            result[f.index] = g if result[f.index] is None else result[f.index] + g
-        return None, *result
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:  # numpy's zeros cost nothing until they are read, torch's start its threads
-        gradient = torch.from_numpy(np.zeros(like.shape)) if like.device.type == "cpu" else torch.zeros_like(like)
-    return gradient
-
-
-def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient as a differentiable function, on the active set that the solution found."""
-    call, params = ctx.call, ctx.saved_tensors
-    solver = call.layer._solver
-    if not hasattr(solver, "differentiable"):
-        raise OptionError(f"second derivatives need a solver for QPs and LPs; '{solver.name}' has none")
-    data = call.map(*call.features(params), call.size, differentiable=True)
-    usable = ctx.usable[:, None]
-    x, z = solver.differentiable(call.solution, data)
-    raw = call.outputs(x, z, differentiable=True)
-    raw = [torch.where(usable, r, 0.0) for r in raw]
-    needed = [k for k in range(len(params)) if ctx.needs_input_grad[k + 1]]
-    masked = [torch.where(usable, g, 0.0) for g in grads]
-    found = torch.autograd.grad(raw, [params[k] for k in needed], masked, create_graph=True, allow_unused=True)
-    result: list[Tensor | None] = [None] * len(params)
-    for k, g in zip(needed, found):
-        result[k] = g
-    return tuple(result)
 
 
 def _compile(

@@ -147,11 +147,11 @@ def fallback_rows(fallback: Any, compiled: Compiled, on_failure: str) -> tuple[T
     return tuple(rows)
 
 
-def count_text(mask: Tensor, shape: torch.Size) -> str:
+def count_text(mask: Tensor, shape: tuple[int, ...]) -> str:
     return f"{int(mask.sum())} of {max(1, int(np.prod(shape)))} samples"
 
 
-def failure_text(failed: Tensor, status: Tensor, shape: torch.Size, most: int = 8) -> str:
+def failure_text(failed: Tensor, status: Tensor, shape: tuple[int, ...], most: int = 8) -> str:
     where = torch.nonzero(failed)[:, 0].tolist()
     names = []
     for k in where[:most]:
@@ -165,16 +165,8 @@ def failure_text(failed: Tensor, status: Tensor, shape: torch.Size, most: int = 
     )
 
 
-def concatenate(parts: list[Tensor]) -> Tensor:
-    """Tensors (B, k) side by side; plain CPU tensors by numpy, since torch's threads would spin beside the solver's."""
-    if len(parts) == 1:
-        return parts[0]
-    if torch.is_grad_enabled() or parts[0].device.type != "cpu":
-        return torch.cat(parts, 1)
-    return torch.from_numpy(np.concatenate([p.numpy() for p in parts], 1))
-
-
-def _all_finite(value: Tensor) -> bool:
+def all_finite(value: Tensor) -> bool:
+    """True without NaN and inf; on the CPU by numpy, since torch's threads would spin beside the solver's."""
     if value.device.type == "cpu":
         with np.errstate(all="ignore"):
             if np.isfinite(value.numpy().sum()):  # one pass, no copy; a sum may overflow though all is finite
@@ -182,12 +174,13 @@ def _all_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value).all())
 
 
-def check_value(spec: ParameterSpec, value: Tensor) -> None:
-    """Raise DomainError, naming parameter and batch element, for NaN, inf and values outside the domain."""
-    if not _all_finite(value):
-        where = torch.nonzero(~torch.isfinite(value))[0].tolist()
+def check_finite(specs: tuple[ParameterSpec, ...], values: tuple[Tensor, ...]) -> None:
+    """Raise DomainError, naming parameter and batch element, for the first NaN or infinite entry."""
+    for spec, value in zip(specs, values):
+        found = torch.nonzero(~torch.isfinite(value))
+        if not len(found):
+            continue
+        where = found[0].tolist()
         leading = where[: value.dim() - len(spec.shape)]
         element = f" in batch element {leading[0] if len(leading) == 1 else tuple(leading)}" if leading else ""
         raise DomainError(f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}")
-    if spec.domain.words and spec.domain.structure != "symmetric":
-        spec.domain.check(spec.name, value)

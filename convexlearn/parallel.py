@@ -23,6 +23,9 @@ def count(batch: int) -> int:
 
 def run(task: Callable[[int, int, int], object], batch: int, threads: int | None = None) -> None:
     """Call task(start, stop, block) for every block; on several threads if there are several blocks."""
+    if batch <= BLOCK:
+        task(0, batch, 0)
+        return
     blocks = count(batch)
     ranges = [(b * BLOCK, min((b + 1) * BLOCK, batch), b) for b in range(blocks)]
     workers = min(cores() if threads is None else threads, blocks)
@@ -41,4 +44,5 @@ def run(task: Callable[[int, int, int], object], batch: int, threads: int | None
     others = [_pools[workers].submit(drain) for _ in range(workers - 1)]
     drain()
     for future in others:
-        future.result()
+        if not future.cancel():  # a thread that has not begun by now is not waited for
+            future.result()

@@ -32,6 +32,7 @@ solvers.conic
 solvers.diffcp
 solvers
 layer_arguments
+layer_node
 layer
 diagnose
 prox

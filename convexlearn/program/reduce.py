@@ -9,7 +9,7 @@ from convexlearn.parallel import run
 from convexlearn.program.classify import Roles, classify
 from convexlearn.program.elimination import Pivots, choose_pivots
 from convexlearn.program.program import Program, Sparsity
-from convexlearn.program.substitution import Substituted, substitute
+from convexlearn.program.substitution import Substituted, Tape, substitute
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class BoxProgram:
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # P, q, A, b of a Program, each (1 or B, .)
 Pair = tuple[np.ndarray, np.ndarray]  # x (B, n) and z (B, m), or gradients to them
 NO_SIGN = np.zeros((0, 0))
+TAPE_SAMPLES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +73,8 @@ class Reduction:
         tape = self.reduced.tape
         if tape is None:
             return P, A[:, self.take_A], A[:, self.take_G]
-        from convexlearn.program.reduction_kernels import add_gram, play
-
-        value = np.empty((max(len(P), len(A)), tape.size))
-        run(lambda i, j, _: play(tape.ops, tape.scale, P, A, value, i, j), len(value), threads)
-        for gram in tape.grams:
-            lists = (gram.left, gram.right, gram.position, gram.scale, value)
-            run(lambda i, j, _, lists=lists: add_gram(*lists, i, j), len(value), threads)
-        out = value[:, tape.size - tape.results :]
+        out = np.empty((max(len(P), len(A)), tape.results))
+        run(lambda first, last, _: _play(tape, P, A, out, range(first, last)), len(out), threads)
         quadratic = self.reduced.P.nnz
         constraints = out[:, quadratic:]
         return out[:, :quadratic], constraints[:, self.take_A], constraints[:, self.take_G]
@@ -156,6 +151,19 @@ class Reduction:
 
     def _parts(self) -> dict[str, np.ndarray]:
         return {name: self.plan[self.plan[i] : self.plan[i + 1]] for i, name in enumerate(PARTS)}
+
+
+def _play(tape: Tape, P: np.ndarray, A: np.ndarray, out: np.ndarray, samples: range) -> None:
+    """Results of a tape for some samples, a few at a time since the workspace is larger than the results."""
+    from convexlearn.program.reduction_kernels import add_gram, play
+
+    value = np.empty((min(TAPE_SAMPLES, len(samples)), tape.size))
+    for first in samples[::TAPE_SAMPLES]:
+        rows = value[: samples.stop - first]
+        play(tape.ops, tape.scale, P, A, rows, first)
+        for gram in tape.grams:
+            add_gram(gram.left, gram.right, gram.position, gram.scale, rows)
+        out[first : first + len(rows)] = rows[:, tape.size - tape.results :]
 
 
 # Index lists of `plan`, in order; reduction_kernels numbers them.

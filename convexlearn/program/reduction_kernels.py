@@ -17,13 +17,13 @@ WIDTH = 32
 
 
 @entry
-def play(ops, scale, P, A, value, start, stop):
-    """Run a tape (see substitution.Tape) for samples start:stop; value: (k, size) workspace and result."""
+def play(ops, scale, P, A, value, first):
+    """Run a tape (see substitution.Tape) for samples first: into value (k, size)."""
     nP, nA = P.shape[1], A.shape[1]
-    for k in range(start, stop):
+    for k in range(len(value)):
         row = value[k]
-        row[:nP] = P[k if P.shape[0] > 1 else 0]
-        row[nP : nP + nA] = A[k if A.shape[0] > 1 else 0]
+        row[:nP] = P[first + k if P.shape[0] > 1 else 0]
+        row[nP : nP + nA] = A[first + k if A.shape[0] > 1 else 0]
         row[nP + nA] = 1.0
         row[nP + nA + 1 :] = 0.0
         for i in range(len(scale)):
@@ -31,24 +31,26 @@ def play(ops, scale, P, A, value, start, stop):
 
 
 @entry
-def add_gram(left, right, position, scale, value, start, stop):
-    """Add a substitution.Gram for samples start:stop of value (k, size)."""
+def add_gram(left, right, position, scale, value):
+    """Add a substitution.Gram for every sample of value (k, size)."""
     rows, size = left.shape
-    E, G = np.empty(size), np.empty((size, size))
-    for k in range(start, stop):
-        row = value[k]
-        G[:] = 0.0
+    full = (rows + 3) // 4 * 4  # four rows at a time: one load and store of G for four products
+    D, E, G = np.zeros((full, size)), np.zeros((full, size)), np.empty(size)
+    for k in range(len(value)):
         for p in range(rows):
             for i in range(size):
-                E[i] = row[right[p, i]]
-            for i in range(size):
-                a = scale[p] * row[left[p, i]]
-                for j in range(i, size):
-                    G[i, j] += a * E[j]
+                D[p, i] = scale[p] * value[k, left[p, i]]
+                E[p, i] = value[k, right[p, i]]
         e = 0
         for i in range(size):
             for j in range(i, size):
-                row[position[e]] += G[i, j]
+                G[j] = 0.0
+            for p in range(0, full, 4):
+                a, b, c, d = D[p, i], D[p + 1, i], D[p + 2, i], D[p + 3, i]
+                for j in range(i, size):
+                    G[j] += a * E[p, j] + b * E[p + 1, j] + c * E[p + 2, j] + d * E[p + 3, j]
+            for j in range(i, size):
+                value[k, position[e]] += G[j]
                 e += 1
 
 

@@ -12,7 +12,9 @@
 `solve` keywords: tolerance=1e-10 (relative KKT residual of the interior point), max_iterations=None,
 smoothing=0.0 (a mu > 0 returns the central path's point s_i z_i = mu, unpolished, and its derivative),
 warm=None (a LanesResult of the same symbolic and batch, or Warm: x, duals and active set to try
-first), threads=None (default: the cores this process may use; results don't depend on it).
+first), threads=None (default: the cores this process may use; results don't depend on it),
+deadline=inf (reading of time.monotonic() from which no further block of samples is started; those
+samples are FAILED at x = 0).
 
 Infinite entries of l, u, h mean "no constraint"; l = u fixes a variable; w <= 0 counts as 0. Empty
 fields are (1, 0) or (B, 0). `adjoint` takes None for an upstream gradient that is zero; rows of
@@ -30,6 +32,7 @@ q'x + w'|x| = -1. FAILED: the last iterate.
 
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +137,7 @@ def solve(
     smoothing: float = 0.0,
     warm: LanesResult | Warm | None = None,
     threads: int | None = None,
+    deadline: float = np.inf,
 ) -> LanesResult:
     """Solve a batch; see the module's docstring."""
     fields, shared = _checked(symbolic, data, batch)
@@ -142,9 +146,9 @@ def solve(
     tried = float(smoothing == 0 and (warm is not None or symbolic.layout.offset["N_PAIR"] == 0))
     options = np.array([tolerance, limit, smoothing, REGULARIZATION, hand_over, tried, POLISH_ROUNDS, 0.0, 0.0])
     run = _Run(symbolic, fields, shared, _plan(symbolic, batch, threads), options)
-    solution, active, info, state = run.forward(batch, warm)
+    solution, active, info, state = run.forward(batch, warm, deadline)
     status = _status(info)
-    if max_iterations is None and smoothing == 0 and Status.FAILED in status:
+    if max_iterations is None and smoothing == 0 and deadline == np.inf and Status.FAILED in status:
         undecided = np.flatnonzero(status == Status.FAILED)
         found, rows = decide(symbolic.box, data, undecided, _penalized(symbolic, threads))
         certified = found != Status.FAILED
@@ -166,7 +170,9 @@ class _Run(NamedTuple):
     plan: "_Plan"
     options: np.ndarray
 
-    def forward(self, batch: int, warm: LanesResult | Warm | None = None) -> tuple[np.ndarray, ...]:
+    def forward(
+        self, batch: int, warm: LanesResult | Warm | None = None, deadline: float = np.inf
+    ) -> tuple[np.ndarray, ...]:
         """Solutions (B, lengths), active pairs (B, pairs), reports (B, 4) and the state of the blocks."""
         pairs, plan, header = self.symbolic.layout.offset["N_PAIR"], self.plan, self.symbolic.layout.header
         solution, active = np.empty((batch, self.symbolic.ends[-1])), np.empty((batch, pairs))
@@ -182,7 +188,14 @@ class _Run(NamedTuple):
         out, found, report = solution.reshape(-1), active.reshape(-1), info.reshape(-1)
         _, fields, shared, _, options = self
 
+        if deadline < np.inf:  # what is not started must not hold arbitrary numbers
+            for v in (solution, active, state):
+                v.fill(0.0)
+            info[:] = (0.0, 0.0, np.inf, 0.0)
+
         def run(first: int, last: int, _: int) -> None:
+            if time.monotonic() > deadline:
+                return
             kernel(w, header, fields, shared, plan.order, first, last, options, point, guess, out, report, found, state)
 
         _in_threads(run, plan)

@@ -97,7 +97,7 @@ def solve_lanes(reduction: Reduction, symbolic: Any, data: Arrays, batch: int, o
     sign = np.sign(result.x[:, reduction.box.absolute])
     residual = residuals(reduction.program, data, (x, z), threads)
     part = LanesPart(reduction, result, sign)
-    return Outcome(x, z, residual, result.status, result.iterations, part)
+    return Outcome(x, z, residual, result.status.copy(), result.iterations, part)
 
 
 def residuals(program: Program, data: Arrays, solution: Pair, threads: int | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The quadratic solver: reduction, choice of path, verified statuses, gradients on the original program."""
 
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError, suggest
-from convexlearn.program.program import SOLVED_RESIDUAL, Program, ProgramData, Solution, Status
-from convexlearn.program.reduce import Arrays, Reduction, reduce
+from convexlearn.program.program import INACCURATE_RESIDUAL, SOLVED_RESIDUAL, Program, ProgramData, Solution, Status
+from convexlearn.program.reduce import Arrays, Pair, Reduction, reduce
 from convexlearn.solvers.base import (
     Options,
     dual_infeasible,
@@ -20,7 +21,7 @@ from convexlearn.solvers.base import (
     status_from_residual,
     warn_adjoint,
 )
-from convexlearn.solvers.quadratic import shared
+from convexlearn.solvers.quadratic import shared, sparse
 from convexlearn.solvers.quadratic.paths import (
     LanesPart,
     Outcome,
@@ -32,10 +33,12 @@ from convexlearn.solvers.quadratic.paths import (
 )
 from convexlearn.solvers.quadratic.second_order import active_set_solution
 
-PATHS = ("auto", "shared", "lanes")
+PATHS = ("auto", "shared", "lanes", "sparse")
 CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
 SMALL = 64  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
 CERTIFICATE_TOLERANCE = 1e-7
+LARGE = 50_000  # variables, rows and stored entries from which the sparse path spares the symbolic analysis
+LARGE_FACTOR = 250_000  # entries of L from which it is faster
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class QuadraticOptions(Options):
     smoothing: mu > 0 returns the point of the central path with s_i z_i = mu and its derivative,
     which is informative for LPs too. threads: None means the cores this process may use; results
     don't depend on it. path: "shared" condenses matrices common to the batch and runs an active-set
-    method per sample, "lanes" is the interior point, "auto" chooses.
+    method per sample, "lanes" is the interior point, "sparse" is Clarabel with a sparse active set,
+    "auto" chooses, and solves by "sparse" what the others leave open. time_limit is looked at between
+    blocks of samples, and within a sample by "sparse" only.
     """
 
     smoothing: float = 0.0
@@ -60,6 +65,8 @@ class QuadraticOptions(Options):
             raise OptionError(f"threads must be at least 1, got {self.threads}")
         if self.path not in PATHS:
             raise OptionError(f"path='{self.path}': {suggest(self.path, PATHS)}")
+        if self.path == "sparse" and self.smoothing:
+            raise OptionError("smoothing needs the interior point of our own; leave path='auto'")
 
 
 class Quadratic:
@@ -86,14 +93,19 @@ class Quadratic:
         call = _Call(_analysis(program), _arrays(data), data.batch, settings, warm if usable else None)
         outcome, parts = call.run()
         status = _statuses(program, data, outcome, settings)
+        open_ = np.flatnonzero((status == Status.INACCURATE) | (status == Status.FAILED))
+        if len(open_) and call.may_retry:
+            parts = call.retry(outcome, parts, open_)
+            status = _statuses(program, data, outcome, settings)
         tensors = (torch.from_numpy(v) for v in (outcome.x, outcome.z, status, outcome.iterations, outcome.residual))
         if data.q.device.type != "cpu":
             tensors = (t.to(data.q.device) for t in tensors)
-        return Solution(program, data, *tensors, private=_State(parts, settings.threads))
+        return Solution(program, data, *tensors, private=_State(parts, settings.threads, data, call.data))
 
     def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
         """Gradients of the data: the adjoint of the optimality conditions, reduced and lifted like the solution."""
-        data, state = _arrays(solution.data), solution.private
+        state: _State = solution.private
+        data = state.arrays if state.data is solution.data else _arrays(solution.data)
         x, z, dx_, dz_ = (_numpy(v) for v in (solution.x, solution.z, dx, dz))
         ok = _numpy(solution.status) <= Status.INACCURATE
         if not ok.all():
@@ -117,7 +129,10 @@ class Quadratic:
                 np.where(ok, adjoint_residuals(solution.program, data, (dx_, dz_), (vx, vz), state.threads), 0.0)
             )
         sums = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(data, total))
-        return ProgramData(*(torch.from_numpy(g).to(dx.device) for g in sums), batch=solution.data.batch)
+        fields = (torch.from_numpy(g) for g in sums)
+        if dx.device.type != "cpu":
+            fields = (g.to(dx.device) for g in fields)
+        return ProgramData(*fields, batch=solution.data.batch)
 
     def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
         """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
@@ -148,10 +163,13 @@ class _State:
     """What the adjoint needs.
 
     parts: (samples or None for all, samples of it that a later part solved anew or None, part).
+    arrays: those of `data`.
     """
 
     parts: list[Piece]
     threads: int | None
+    data: ProgramData
+    arrays: Arrays
 
 
 @dataclass(eq=False)
@@ -208,10 +226,20 @@ class _Call:
     batch: int
     options: QuadraticOptions
     warm: Solution | None
+    limits: sparse.Limits = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        deadline = np.inf if options.time_limit is None else time.monotonic() + options.time_limit
+        self.limits = sparse.Limits(options.tolerance, options.max_iterations, deadline)
 
     def run(self) -> tuple[Outcome, list[Piece]]:
         """Solve, and mend what the condensed path leaves open with the interior point."""
         condensed = self._condensed()
+        if condensed is None and self._prefers_sparse():
+            warm = None if self.warm is None else (_numpy(self.warm.x), _numpy(self.warm.z))
+            outcome = self._sparse(self.data, self.batch, warm)
+            return outcome, [(None, None, outcome.part)]
         if condensed is None:
             previous = self.warm.private.parts if self.warm is not None else []
             whole = len(previous) == 1 and isinstance(previous[0][2], LanesPart)
@@ -225,12 +253,33 @@ class _Call:
         open_ = np.flatnonzero(~settled)
         mended = self._lanes(select(self.data, open_), len(open_))
         better = ~(mended.residual >= outcome.residual[open_])
-        rows = open_[better]
-        for name in ("x", "z", "residual", "claim", "iterations"):
-            getattr(outcome, name)[rows] = getattr(mended, name)[better]
-        # the adjoint of a sample that both paths solved comes from the one whose solution is kept
-        part = mended.part if better.all() else _Subset(mended.part, better)
-        return outcome, [(None, rows, outcome.part), (open_, None, part)]
+        return outcome, _mend(outcome, [(None, None, outcome.part)], open_, mended, better)
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether samples that are left open may be solved once more."""
+        return self.options.path == "auto" and not self.options.smoothing and not self.limits.set
+
+    def retry(self, outcome: Outcome, parts: list[Piece], open_: np.ndarray) -> list[Piece]:
+        """Solve the samples `open_` by the sparse path, and take over into `outcome` what is better."""
+        if isinstance(parts[0][2], sparse.SparsePart):
+            return parts
+        before = outcome.residual[open_]
+        mended = self._sparse(select(self.data, open_), len(open_), None)
+        certified = (mended.claim == Status.INFEASIBLE) | (mended.claim == Status.UNBOUNDED)
+        better = (mended.residual < before) | (certified & ~(before <= INACCURATE_RESIDUAL))
+        return _mend(outcome, parts, open_, mended, better) if better.any() else parts
+
+    def _prefers_sparse(self) -> bool:
+        """The sparse path, by name or where the lanes would be slow; the analysis comes last as it is slow itself."""
+        options, program = self.options, self.analysis.program
+        if options.path != "auto" or options.smoothing:
+            return options.path == "sparse"
+        size = program.n + program.m + program.P.nnz + program.A.nnz
+        return size > LARGE or self.analysis.lanes_symbolic().layout.offset["N_L"] > LARGE_FACTOR
+
+    def _sparse(self, data: Arrays, batch: int, warm: Pair | None) -> Outcome:
+        return sparse.solve(self.analysis.program, data, batch, warm, self.limits, self.options.threads)
 
     def _lanes(self, data: Arrays, batch: int, warm: Any = None) -> Outcome:
         options = self.options
@@ -240,13 +289,14 @@ class _Call:
             "smoothing": options.smoothing,
             "threads": options.threads,
             "warm": warm,
+            "deadline": self.limits.deadline,
         }
         return solve_lanes(self.analysis.reduction, self.analysis.lanes_symbolic(), data, batch, keywords)
 
     def _condensed(self) -> shared.Condensed | None:
         """The condensed problem where that path applies; OptionError where it is asked for and does not."""
         options, condensed = self.options, None
-        wanted = options.path != "lanes" and not options.smoothing and options.max_iterations is None
+        wanted = options.path in ("auto", "shared") and not options.smoothing and options.max_iterations is None
         box = self.analysis.reduction.box
         wanted = wanted and (options.path == "shared" or len(box.absolute) or box.n - box.A.shape[0] <= SMALL)
         if wanted and self.analysis.condensable and len(self.data[0]) == 1 and len(self.data[2]) == 1:
@@ -257,6 +307,20 @@ class _Call:
                 "equalities are eliminated; leave path='auto'"
             )
         return condensed
+
+
+def _mend(outcome: Outcome, parts: list[Piece], open_: np.ndarray, mended: Outcome, better: np.ndarray) -> list[Piece]:
+    """Take over into `outcome` the samples open_[better] of `mended`, and their adjoint into the parts."""
+    rows = open_[better]
+    for name in ("x", "z", "residual", "claim", "iterations"):
+        getattr(outcome, name)[rows] = getattr(mended, name)[better]
+    pieces: list[Piece] = []
+    for own, covered, part in parts:
+        if own is None:
+            pieces.append((None, rows if covered is None else np.union1d(covered, rows), part))
+        else:
+            pieces.append((own, covered, _Subset(part, ~np.isin(own, rows))))
+    return [*pieces, (open_, None, mended.part if better.all() else _Subset(mended.part, better))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +339,7 @@ class _Subset:
 def _empty(program: Program, data: ProgramData) -> Solution:
     integers, numbers = data.q.new_zeros(0, dtype=torch.int64), data.q.new_zeros(0)
     x, z = data.q.new_zeros(0, program.n), data.q.new_zeros(0, program.m)
-    return Solution(program, data, x, z, integers, integers, numbers, _State([], None))
+    return Solution(program, data, x, z, integers, integers, numbers, _State([], None, data, _arrays(data)))
 
 
 def _statuses(program: Program, data: ProgramData, outcome: Outcome, options: QuadraticOptions) -> np.ndarray:
