@@ -16,6 +16,7 @@ from benchmarks.workloads import WORKLOADS, Layer, Workload
 # A back end counts as accurate up to this norm-wise relative error of all gradients together. Lenient, since
 # ratios are taken to the fastest accurate one; the columns show the worst sample, which is often far worse.
 ACCURATE = 1e-2
+QUIET = 0.3  # seconds before each pass: thread pools of the layer before spin on for up to 0.2 s
 PERTURBATION = 1e-9  # repetitions see fresh values, so that nothing can be cached between them
 
 
@@ -100,7 +101,9 @@ def compare(workload: Workload, batch: int, names: Sequence[str], repetitions: i
             print(f"  {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}")
     for repetition in range(1, repetitions + 1):
         for row in rows.values():
-            forward, backward, _, _ = pass_once(workload, row.layer, perturbed(values, repetition))
+            fresh = perturbed(values, repetition)
+            time.sleep(QUIET)
+            forward, backward, _, _ = pass_once(workload, row.layer, fresh)
             row.forward.append(forward)
             row.backward.append(backward)
     return rows
