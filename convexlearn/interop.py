@@ -1,6 +1,5 @@
 """Other ecosystems' contracts: the quadratic solver as a cvxpylayers SolverInterface."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ class QuadraticInterface(SolverInterface):
         """Gradients of CVXPY's (P, q, A) entries, per sample."""
         assert self._form is not None, "cvxpylayers calls setup first"
         # cvxpylayers stacks shared and batched parameters alike, so every sample needs its own gradient
-        expanded = replace(saved_state, data=saved_state.data.expanded())
+        expanded = saved_state.replaced(data=saved_state.data.expanded())
         gradient = self._solver.adjoint(expanded, dprimal.double(), ddual.double())
         dP, dq, dA = self._form.transposed(gradient)
         return (None if dP is None else dP.to(dprimal.dtype)), dq.to(dprimal.dtype), dA.to(dprimal.dtype)

@@ -14,16 +14,14 @@ from convexlearn.errors import InaccurateWarning, LimitWarning, OptionError, Sha
 from convexlearn.failures import collector
 from convexlearn.layer_arguments import (
     as_tensor,
-    batch_shape,
     check_declaration,
     count_text,
     failure_text,
     fallback_rows,
     is_limited,
     read_options,
-    result_type,
 )
-from convexlearn.layer_node import Call, Node, Solve
+from convexlearn.layer_node import Call, Node, Plan, Solve
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
 from convexlearn.program.declaration import Declaration, quiet
@@ -33,6 +31,7 @@ from convexlearn.solvers import choose, find
 from convexlearn.solvers.base import Solver
 
 POLICIES = ("raise", "nan", "fallback")
+MOST_PLANS = 64  # layouts kept, one for each combination of shapes and dtypes that was seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +122,7 @@ class ConvexLayer(nn.Module):
         self._explicit_limit = is_limited(solver_args or {})
         self._bounded = tuple(k for k, p in enumerate(self._compiled.parameters) if p.domain.checked)
         self._maps: dict[tuple[bool, ...], DataMap] = {}
+        self._plans: dict[tuple, Plan] = {}
         self._last: LayerSolution | None = None
         self._fallback = fallback_rows(fallback, self._compiled, on_failure)
 
@@ -155,9 +155,9 @@ class ConvexLayer(nn.Module):
 
     def judge(self, result: LayerSolution) -> None:
         """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
-        status = result.solution.status
-        if not bool(status.any()):  # SOLVED is 0
+        if result.solution.all_solved:
             return
+        status = result.solution.status
         stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & result.limited
         failed = ~result.solution.ok & ~stopped
         shape = result.batch
@@ -181,7 +181,7 @@ class ConvexLayer(nn.Module):
         """The solver that this layer uses."""
         return self._solver
 
-    @property
+    @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """CVXPY names of the parameters, in the order of forward's arguments."""
         return tuple(p.name for p in self._compiled.parameters)
@@ -209,7 +209,7 @@ class ConvexLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_last": None}
+        state = {**self.__dict__, "_last": None, "_plans": {}}
         state.pop("_node", None)  # holds a method of this layer, not of the copy
         return state
 
@@ -217,18 +217,22 @@ class ConvexLayer(nn.Module):
         self, params: tuple, by_name: dict, solver_args: dict | None, warm_start: LayerSolution | bool
     ) -> LayerSolution:
         values = self._bind(params, by_name)
-        batch, batched = batch_shape(self._compiled, values)
-        size = math.prod(batch)
+        key = tuple([(v.shape, v.dtype, v.device) for v in values])
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans.setdefault(key, Plan.of(self._node, self._maps, values))
         for k in self._bounded:
             spec = self._compiled.parameters[k]
             spec.domain.check(spec.name, values[k].detach())
-        options = self._options if not solver_args else read_options(self._solver, self._options, solver_args)
-        limited = self._explicit_limit or is_limited(solver_args or {})
-        warm = self._warm(warm_start, size) if warm_start else None
-        dtype = result_type(values)
-        call = Call(self._node, self._map(batched), batch, batched, size, dtype, options, limited, warm)
+        options, limited = self._options, self._explicit_limit
+        if solver_args:
+            options = read_options(self._solver, options, solver_args)
+            limited = limited or is_limited(solver_args)
+        call = Call(plan, options, limited, self._warm(warm_start, plan.size) if warm_start else None)
         variables = Solve.apply(call, *values)
-        result = LayerSolution(variables, call.solution, batch, limited)
+        result = LayerSolution(variables, call.solution, plan.batch, limited)
         if warm_start is True:
             self._last = result.detach()
         return result
@@ -236,6 +240,8 @@ class ConvexLayer(nn.Module):
     def _bind(self, params: tuple, by_name: dict[str, Any]) -> list[Tensor]:
         """Arguments by position, then by name, as tensors on one device."""
         names = self.parameter_names
+        if not by_name and len(params) == len(names):
+            return [as_tensor(name, value) for name, value in zip(names, params)]
         given = dict(zip(names, params))
         for name, value in by_name.items():
             if name not in names:
@@ -250,13 +256,6 @@ class ConvexLayer(nn.Module):
                 f"tensors, expected {len(names)}" + (f"; missing: {', '.join(missing)}" if missing else "")
             )
         return [as_tensor(n, given[n]) for n in names]
-
-    def _map(self, batched: tuple[bool, ...]) -> DataMap:
-        key = tuple(batched[f.index] for f in self._compiled.features)
-        if key not in self._maps:
-            widths = tuple(self._node.sizes[f.index] for f in self._compiled.features)
-            self._maps[key] = DataMap(self._compiled, widths, key)
-        return self._maps[key]
 
     @cached_property
     def _node(self) -> Node:

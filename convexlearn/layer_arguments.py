@@ -1,6 +1,7 @@
 """Arguments of a layer: options, tensors, batch shapes, each checked and named in errors."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from typing import Any
@@ -165,16 +166,7 @@ def failure_text(failed: Tensor, status: Tensor, shape: tuple[int, ...], most: i
     )
 
 
-def all_finite(value: Tensor) -> bool:
-    """True without NaN and inf; on the CPU by numpy, since torch's threads would spin beside the solver's."""
-    if value.device.type == "cpu":
-        with np.errstate(all="ignore"):
-            if np.isfinite(value.numpy().sum()):  # one pass, no copy; a sum may overflow though all is finite
-                return True
-    return bool(torch.isfinite(value).all())
-
-
-def check_finite(specs: tuple[ParameterSpec, ...], values: tuple[Tensor, ...]) -> None:
+def check_finite(specs: Sequence[ParameterSpec], values: Sequence[Tensor]) -> None:
     """Raise DomainError, naming parameter and batch element, for the first NaN or infinite entry."""
     for spec, value in zip(specs, values):
         found = torch.nonzero(~torch.isfinite(value))

@@ -1,7 +1,8 @@
 """The autograd node of a layer: parameters -> data -> solution -> outputs, and the adjoint back."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.layer_arguments import all_finite, check_finite
+from convexlearn.layer_arguments import batch_shape, check_finite, result_type
 from convexlearn.program.compiler import Compiled
 from convexlearn.program.data_map import DataMap, SparseMap
-from convexlearn.program.program import Solution, Status
+from convexlearn.program.program import CPU, ProgramData, Solution, Status, as_tensor
 from convexlearn.solvers.base import Options, Solver
+
+SMALL = 4096  # entries up to which a dot product tells fastest whether all are finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,32 +30,98 @@ class Node:
     fill: Callable[[Tensor, list[Tensor]], list[Tensor]]
 
 
-@dataclass(eq=False)
-class Call:
-    """One forward pass: its arguments, and the solution it leaves behind."""
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Where the values of parameter `index` stand among the shared or batched features; maybe their logarithms."""
+
+    index: int
+    start: int
+    stop: int
+    batched: bool
+    log: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays the same over calls whose parameters have the same shapes, dtypes and device."""
 
     node: Node
     map: DataMap
     batch: tuple[int, ...]
-    batched: tuple[bool, ...]
     size: int
     dtype: torch.dtype
-    options: Options
-    limited: bool
-    warm: Solution | None
-    solution: Any = None
+    host: bool
+    pieces: tuple[Piece, ...]
+    widths: tuple[int, int]  # of the shared and the batched features
+    shapes: tuple[tuple[int, ...], ...]  # of the outputs
+    exponential: bool = field(init=False)
 
-    def features(self, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Shared features and a final 1 (1, k + 1), and batched features (B, l), float64."""
-        shared, batched = [], []
-        for f in self.node.compiled.features:
-            kind = self.batched[f.index]
-            value = params[f.index].reshape(self.size if kind else 1, self.node.sizes[f.index]).to(torch.float64)
-            (batched if kind else shared).append(value.log() if f.log else value)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exponential", any(r.exp for r in self.node.compiled.outputs))
+
+    @classmethod
+    def of(cls, node: Node, maps: dict[tuple[bool, ...], DataMap], values: list[Tensor]) -> "Plan":
+        """Check the shapes of the parameters and lay out their values; `maps` keeps the maps made so far."""
+        compiled = node.compiled
+        batch, batched = batch_shape(compiled, values)
+        pieces, widths = [], [0, 0]
+        for f in compiled.features:
+            kind, width = batched[f.index], node.sizes[f.index]
+            pieces.append(Piece(f.index, widths[kind], widths[kind] + width, kind, f.log))
+            widths[kind] += width
+        key = tuple(p.batched for p in pieces)
+        if key not in maps:
+            maps[key] = DataMap(compiled, tuple(node.sizes[p.index] for p in pieces), key)
+        host = all(v.device.type == "cpu" and v.dtype != torch.bfloat16 for v in values)  # numpy has none
+        shapes = tuple((*batch, *r.shape) for r in compiled.outputs)
+        size = math.prod(batch)
+        return cls(
+            node, maps[key], batch, size, result_type(values), host, tuple(pieces), (widths[0], widths[1]), shapes
+        )
+
+    def data(self, params: Sequence[Tensor]) -> ProgramData:
+        """The program's data; DomainError for a NaN or infinite entry."""
+        if not self.host:
+            features = self.features(params)
+            if not all(bool(torch.isfinite(f).all()) for f in features):
+                check_finite(self.node.compiled.parameters, params)
+            return self.map(*features, self.size)
+        theta, features = np.empty(self.widths[0] + 1), np.empty((self.size, self.widths[1]))
+        theta[-1] = 1.0
+        for p in self.pieces:
+            value = params[p.index].detach().numpy()
+            if p.batched:
+                features[:, p.start : p.stop] = value.reshape(self.size, p.stop - p.start)
+            else:
+                theta[p.start : p.stop] = value.reshape(-1)
+            if p.log:
+                part = features[:, p.start : p.stop] if p.batched else theta[p.start : p.stop]
+                np.log(part, out=part)
+        if not (_all_finite(theta) and _all_finite(features)):
+            check_finite(self.node.compiled.parameters, params)
+        return self.map.on_host(theta, features, self.size)
+
+    def features(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shared features and a final 1 (1, k + 1), and batched features (B, l), float64, in torch operations."""
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for p in self.pieces:
+            value = params[p.index].reshape(self.size if p.batched else 1, p.stop - p.start).to(torch.float64)
+            parts[p.batched].append(value.log() if p.log else value)
         device = params[0].device if params else torch.device("cpu")
-        shared.append(torch.ones(1, 1, dtype=torch.float64, device=device))
+        parts[False].append(torch.ones(1, 1, dtype=torch.float64, device=device))
         empty = torch.zeros(self.size, 0, dtype=torch.float64, device=device)
-        return _concatenate(shared), _concatenate(batched) if batched else empty
+        return torch.cat(parts[False], 1), torch.cat([empty, *parts[True]], 1)
+
+    def outputs(self, solution: Solution) -> list[Tensor]:
+        """Outputs (B, size) of a solution; one view of an array each where they merely pick variables."""
+        if not self.host or self.exponential:
+            return self.flat_outputs(solution.x, solution.z)
+        x, z = solution.arrays
+        result = []
+        for recovery, matrix in zip(self.node.compiled.outputs, self.node.outputs):
+            y = matrix.on_host(z if recovery.dual else x)
+            result.append(torch.from_numpy(y + recovery.offset if recovery.shifted else y))
+        return result
 
     def flat_outputs(self, x: Tensor, z: Tensor, differentiable: bool = False) -> list[Tensor]:
         """Outputs (B, size) from the canonical solution."""
@@ -60,20 +129,33 @@ class Call:
         result = []
         for recovery, matrix in zip(self.node.compiled.outputs, self.node.outputs):
             y = apply(matrix, z if recovery.dual else x)
-            if recovery.offset.any():
+            if recovery.shifted:
                 y = y + torch.as_tensor(recovery.offset, device=y.device)
             result.append(y.exp() if recovery.exp else y)
         return result
 
     def shaped(self, flat: list[Tensor]) -> tuple[Tensor, ...]:
         """Outputs (*batch, *shape) in the caller's dtype."""
-        shapes = ((*self.batch, *recovery.shape) for recovery in self.node.compiled.outputs)
-        return tuple(y.to(self.dtype).reshape(shape) for y, shape in zip(flat, shapes))
+        if self.dtype != torch.float64:
+            flat = [y.to(self.dtype) for y in flat]
+        return tuple([y.view(shape) for y, shape in zip(flat, self.shapes)])
 
     def flattened(self, gradient: Tensor, k: int) -> Tensor:
         """The gradient of output k as (B, size) float64."""
         width = self.node.outputs[k].shape[0]
-        return gradient.reshape(self.size, width).to(torch.float64).contiguous()
+        gradient = gradient.reshape(self.size, width)
+        return gradient if gradient.dtype == torch.float64 else gradient.to(torch.float64)
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass: its plan and options, and the solution it leaves behind."""
+
+    plan: Plan
+    options: Options
+    limited: bool
+    warm: Solution | None
+    solution: Any = None
 
 
 class Solve(torch.autograd.Function):
@@ -81,87 +163,87 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *params: Tensor) -> tuple[Tensor, ...]:
-        features = call.features(tuple(p.detach() for p in params))
-        if not all(all_finite(f) for f in features):
-            check_finite(call.node.compiled.parameters, params)
-        data = call.map(*features, call.size)
-        solution = call.node.solver.solve(call.node.compiled.program, data, call.options, call.warm)
+        plan, node = call.plan, call.plan.node
+        solution = node.solver.solve(node.compiled.program, plan.data(params), call.options, call.warm)
         call.solution = solution
-        raw = call.flat_outputs(solution.x, solution.z)
+        raw = plan.outputs(solution)
         ctx.usable = None  # all samples
-        if bool(solution.status.any()):  # something other than SOLVED
+        if not solution.all_solved:
             usable = solution.ok
             if call.limited:
                 usable = usable | ((solution.status == Status.FAILED) & torch.isfinite(solution.x).all(1))
             if not bool(usable.all()):
-                raw = call.node.fill(~usable, raw)
+                raw = node.fill(~usable, raw)
             ctx.usable = usable
-        ctx.call, ctx.raw = call, raw if any(r.exp for r in call.node.compiled.outputs) else None
+        ctx.call, ctx.raw = call, raw if plan.exponential else None
         ctx.save_for_backward(*params)
-        return call.shaped(raw)
+        return plan.shaped(raw)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        call, params = ctx.call, ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *_second_order(ctx, grads)
-        solution = call.solution
+        call, params = ctx.call, ctx.saved_tensors
+        plan, solution = call.plan, call.solution
         dx, dz = _upstream(ctx, grads)
         if ctx.usable is not None:
             status = torch.where(ctx.usable, solution.status.clamp(max=Status.INACCURATE), Status.FAILED)
-            solution = replace(solution, status=status)
-        shared, varying = call.map.gradient(call.node.solver.adjoint(solution, dx, dz))
+            solution = solution.replaced(status=status)
+        if not getattr(plan.node.solver, "takes_arrays", False):
+            dx, dz = as_tensor(dx), as_tensor(dz)
+        shared, varying = plan.map.gradient(plan.node.solver.adjoint(solution, dx, dz))
         result: list[Tensor | None] = [None] * len(params)
-        offset = {False: 0, True: 0}
-        for f in call.node.compiled.features:
-            kind, width = call.batched[f.index], call.node.sizes[f.index]
-            start = offset[kind]
-            offset[kind] = start + width
-            if not ctx.needs_input_grad[f.index + 1]:
+        for p in plan.pieces:
+            if not ctx.needs_input_grad[p.index + 1]:
                 continue
-            parameter, source = params[f.index], varying if kind else shared
-            g = torch.zeros_like(parameter) if source is None else source[:, start : start + width]
-            g = g.reshape(parameter.shape).to(parameter.dtype)
-            g = g / parameter if f.log else g
-            result[f.index] = g if result[f.index] is None else result[f.index] + g
+            parameter, source = params[p.index], varying if p.batched else shared
+            if source is None:
+                g = torch.zeros_like(parameter)
+            else:
+                g = source[:, p.start : p.stop].reshape(parameter.shape)
+                g = g if g.dtype == parameter.dtype else g.to(parameter.dtype)
+            g = g / parameter if p.log else g
+            result[p.index] = g if result[p.index] is None else result[p.index] + g
         return None, *result
 
 
-def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Gradients to the canonical x (B, n) and z (B, m); zero rows where there is no solution."""
-    call, total = ctx.call, {False: None, True: None}
-    for k, (recovery, matrix) in enumerate(zip(call.node.compiled.outputs, call.node.outputs)):
-        g = call.flattened(grads[k], k)
+def _all_finite(value: np.ndarray) -> bool:
+    """False with a NaN or inf, and maybe where the sum overflows; check_finite then looks again."""
+    if value.size <= SMALL:
+        flat = value.reshape(-1)
+        return math.isfinite(flat.dot(flat))
+    with np.errstate(all="ignore"):
+        return math.isfinite(value.sum())
+
+
+def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """Gradients to the canonical x (B, n) and z (B, m), arrays on the host; zero where there is no solution."""
+    plan, total = ctx.call.plan, {False: None, True: None}
+    for k, (recovery, matrix) in enumerate(zip(plan.node.compiled.outputs, plan.node.outputs)):
+        g = plan.flattened(grads[k], k)
         g = g * ctx.raw[k] if recovery.exp else g
-        g = matrix.transposed(g if ctx.usable is None else torch.where(ctx.usable[:, None], g, 0.0))
+        g = g if ctx.usable is None else torch.where(ctx.usable[:, None], g, 0.0)
+        g = matrix.on_host(g.numpy(), True) if plan.host else matrix.transposed(g)
         total[recovery.dual] = g if total[recovery.dual] is None else total[recovery.dual] + g
-    return _or_zeros(total[False], call.solution.x), _or_zeros(total[True], call.solution.z)
+    program, device = plan.node.compiled.program, ctx.call.solution.data.device
+    return _or_zeros(total[False], plan.size, program.n, device), _or_zeros(total[True], plan.size, program.m, device)
 
 
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:  # numpy's zeros cost nothing until they are read, torch's start its threads
-        gradient = torch.from_numpy(np.zeros(like.shape)) if like.device.type == "cpu" else torch.zeros_like(like)
-    return gradient
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    """Tensors (B, k) side by side; on the CPU by numpy, since torch's threads would spin beside the solver's."""
-    if len(parts) == 1:
-        return parts[0]
-    if torch.is_grad_enabled() or parts[0].device.type != "cpu":
-        return torch.cat(parts, 1)
-    return torch.from_numpy(np.concatenate([p.numpy() for p in parts], 1))
+def _or_zeros(gradient: Any, batch: int, width: int, device: torch.device) -> Any:
+    if gradient is not None:
+        return gradient
+    return np.zeros((batch, width)) if device == CPU else torch.zeros(batch, width, dtype=torch.float64, device=device)
 
 
 def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function, on the active set that the solution found."""
     call, params = ctx.call, ctx.saved_tensors
-    solver = call.node.solver
+    plan, solver = call.plan, call.plan.node.solver
     if not hasattr(solver, "differentiable"):
         raise OptionError(f"second derivatives need a solver for QPs and LPs; '{solver.name}' has none")
-    data = call.map(*call.features(params), call.size, differentiable=True)
-    raw = call.flat_outputs(*solver.differentiable(call.solution, data), differentiable=True)
-    upstream = [call.flattened(g, k) for k, g in enumerate(grads)]
+    data = plan.map(*plan.features(params), plan.size, differentiable=True)
+    raw = plan.flat_outputs(*solver.differentiable(call.solution, data), differentiable=True)
+    upstream = [plan.flattened(g, k) for k, g in enumerate(grads)]
     if ctx.usable is not None:
         usable = ctx.usable[:, None]
         raw, upstream = ([torch.where(usable, v, 0.0) for v in vs] for vs in (raw, upstream))

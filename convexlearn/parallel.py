@@ -1,14 +1,13 @@
 """Blocks of a batch on a thread pool of our own: results don't depend on the number of threads."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 
 BLOCK = 32  # samples per task; fixed, so that sums by block have one order
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # a forked child has no threads of its parent
+Task = Callable[[int, int, int], object]
 
 
 def cores() -> int:
@@ -21,28 +20,77 @@ def count(batch: int) -> int:
     return -(-batch // BLOCK)
 
 
-def run(task: Callable[[int, int, int], object], batch: int, threads: int | None = None) -> None:
+class _Help:
+    """One thread's share in a run; whoever takes it first owns it: the thread, or the caller who needs it no more."""
+
+    def __init__(self, task: Task, ranges: Iterator[tuple[int, int, int]]) -> None:
+        self.task, self.ranges = task, ranges
+        self.taken, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+        self.error: BaseException | None = None
+
+    def __call__(self) -> None:
+        if self.taken.acquire(blocking=False):
+            try:
+                drain(self.task, self.ranges)
+            except BaseException as error:
+                self.error = error
+            self.done.release()
+
+    def wait(self) -> None:
+        """Return once the thread is done, at once where it has not begun."""
+        if not self.taken.acquire(blocking=False):
+            self.done.acquire()
+            if self.error is not None:
+                raise self.error
+
+
+class _Pool:
+    """Threads that wait for help to be asked; lighter than futures, which cost as much as a small batch."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[_Help] = SimpleQueue()
+        self.size = 0
+        self.lock = threading.Lock()
+
+    def ask(self, help_: _Help, size: int) -> None:
+        """Queue a share for `size` threads."""
+        if self.size < size:
+            with self.lock:
+                while self.size < size:
+                    threading.Thread(target=self._serve, name=f"convexlearn-{self.size}", daemon=True).start()
+                    self.size += 1
+        self.queue.put(help_)
+
+    def _serve(self) -> None:
+        while True:
+            self.queue.get()()
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.__init__)  # a forked child has no threads of its parent
+
+
+def drain(task: Task, ranges: Iterator[tuple[int, int, int]]) -> None:
+    """Do the blocks that are left; next() of an iterator is atomic."""
+    for arguments in ranges:
+        task(*arguments)
+
+
+def run(task: Task, batch: int, threads: int | None = None) -> None:
     """Call task(start, stop, block) for every block; on several threads if there are several blocks."""
     if batch <= BLOCK:
         task(0, batch, 0)
         return
     blocks = count(batch)
-    ranges = [(b * BLOCK, min((b + 1) * BLOCK, batch), b) for b in range(blocks)]
-    workers = min(cores() if threads is None else threads, blocks)
-    if workers <= 1:
-        for arguments in ranges:
-            task(*arguments)
-        return
-    if workers not in _pools:
-        _pools[workers] = ThreadPoolExecutor(workers - 1, thread_name_prefix="convexlearn")
-    share = iter(ranges)
-
-    def drain() -> None:
-        while (arguments := next(share, None)) is not None:
-            task(*arguments)
-
-    others = [_pools[workers].submit(drain) for _ in range(workers - 1)]
-    drain()
-    for future in others:
-        if not future.cancel():  # a thread that has not begun by now is not waited for
-            future.result()
+    ranges = iter([(b * BLOCK, min((b + 1) * BLOCK, batch), b) for b in range(blocks)])
+    others = min(cores() if threads is None else threads, blocks) - 1
+    helps = [_Help(task, ranges) for _ in range(others)]
+    for help_ in helps:
+        _pool.ask(help_, others)
+    try:
+        drain(task, ranges)
+    finally:
+        for help_ in helps:
+            help_.wait()

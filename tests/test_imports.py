@@ -20,10 +20,11 @@ domains
 program.program
 program.declaration
 program.compiler
-program.data_map program.self_check program.compiled program.elimination
+program.self_check program.compiled program.elimination
 program.substitution
 program.classify
-program.reduction_kernels
+program.reduction_kernels program.map_kernels
+program.data_map
 program.reduce
 solvers.base
 solvers.quadratic.*
@@ -74,7 +75,7 @@ FORBIDDEN = {
 }
 
 HEAVY = ("matplotlib", "gymnasium")  # never at import of the package
-COMPILED = ("program.compiled", "program.reduction_kernels", "solvers.quadratic.*")  # the only ones that use numba
+COMPILED = ("program.compiled", "program.*_kernels", "solvers.quadratic.*")  # the only ones that use numba
 
 
 def module_of(path: Path) -> str:

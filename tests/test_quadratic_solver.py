@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 
 import cvxpy as cp
 import numpy as np
@@ -68,7 +67,7 @@ def test_gradients_of_all_data_match_central_differences(field):
     gradient = getattr(solver.adjoint(solution, dx, dz), field)
 
     def values(step):
-        other = solver.solve(program, replace(data, **{field: getattr(data, field) + step * direction}), OPTIONS)
+        other = solver.solve(program, data.replaced(**{field: getattr(data, field) + step * direction}), OPTIONS)
         return (other.x * dx).sum(1) + (other.z * dz).sum(1)
 
     expected = (values(1e-6) - values(-1e-6)) / 2e-6
@@ -169,7 +168,7 @@ def test_warm_start_saves_iterations():
     program, data = random_qp(np.random.default_rng(3), n=20, m=40)
     solver = Quadratic()
     cold = solver.solve(program, data, OPTIONS)
-    moved = replace(data, q=data.q * (1 + 1e-6))
+    moved = data.replaced(q=data.q * (1 + 1e-6))
     warm, again = solver.solve(program, moved, OPTIONS, cold), solver.solve(program, moved, OPTIONS)
     assert warm.iterations.sum() < again.iterations.sum()
     torch.testing.assert_close(warm.x, again.x, rtol=0, atol=1e-9)

@@ -1,6 +1,5 @@
 """Large sparse programs, and the sparse path as the last resort of the others."""
 
-from dataclasses import replace
 from time import perf_counter
 
 import cvxpy as cp
@@ -222,6 +221,6 @@ def test_no_rows_and_not_a_number():
     result = layer.solve(tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
     close(result.variables[0][1], tensor([3.0, 2.0, 1.0]), 1e-12)
     data = result.solution.data
-    spoiled = replace(data, q=torch.cat([data.q[:1] * torch.nan, data.q[:1]]), batch=2)
+    spoiled = data.replaced(q=torch.cat([data.q[:1] * torch.nan, data.q[:1]]), batch=2)
     found = layer.solver.solve(result.solution.program, spoiled, QuadraticOptions(path="sparse"))
     assert found.status.tolist() == [Status.FAILED, Status.SOLVED]

@@ -1,6 +1,7 @@
 """cvxpy.Problem -> Program: CVXPY's canonicalization, copied into sparse maps from parameters to data."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
@@ -48,6 +49,11 @@ class Recovery:
     offset: np.ndarray
     dual: bool
     exp: bool
+
+    @cached_property
+    def shifted(self) -> bool:
+        """Whether the offset is not zero."""
+        return bool(self.offset.any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,16 @@
 """The affine map from parameter values to ProgramData, and from solutions to outputs, with transposes."""
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from convexlearn.parallel import run
 from convexlearn.program.compiler import Compiled
-from convexlearn.program.program import ProgramData
+from convexlearn.program.program import CPU, ProgramData
 
 
 class SparseMap:
@@ -73,9 +74,25 @@ def _selected_columns(matrix: sp.csr_array) -> np.ndarray | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Field:
-    rows: slice
-    varying: slice | None
+class _Rows:
+    """A stack of the rows of P, q, A and b as map_kernels takes it."""
+
+    pointer: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+    filled: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: sp.csr_array, starts: np.ndarray) -> "_Rows":
+        rows = np.flatnonzero(np.diff(matrix.indptr))
+        field = np.searchsorted(starts, rows, side="right") - 1
+        filled = np.stack([rows, field, rows - starts[field]]).astype(np.int32)
+        return cls(matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32), matrix.data.astype(float), filled)
+
+    @property
+    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pointer, column, value)."""
+        return self.pointer, self.column, self.value
 
 
 class DataMap:
@@ -87,54 +104,68 @@ class DataMap:
 
     def __init__(self, compiled: Compiled, widths: tuple[int, ...], batched: tuple[bool, ...]) -> None:
         flags = np.repeat(batched, widths).astype(bool)
-        shared_columns = np.append(np.flatnonzero(~flags), len(flags))
-        batched_columns = np.flatnonzero(flags)
-        self.fields: list[_Field] = []
-        shared, varying, start, height = [], [], 0, 0
-        for name in ProgramData.FIELDS:
-            matrix = compiled.maps[name]
-            part = sp.csr_array(matrix[:, batched_columns])
-            shared.append(matrix[:, shared_columns])
-            rows = slice(start, start + matrix.shape[0])
-            start = rows.stop
-            if part.nnz == 0:
-                self.fields.append(_Field(rows, None))
-                continue
-            varying.append(part)
-            self.fields.append(_Field(rows, slice(height, height + matrix.shape[0])))
-            height += matrix.shape[0]
-        self.shared = SparseMap(sp.csr_array(sp.vstack(shared)))
-        self.batched = SparseMap(sp.csr_array(sp.vstack(varying))) if varying else None
+        maps = [compiled.maps[name] for name in ProgramData.FIELDS]
+        starts = np.cumsum([0, *(m.shape[0] for m in maps)])
+        stacked = sp.csc_array(sp.vstack(maps))
+        shared = sp.csr_array(stacked[:, np.append(np.flatnonzero(~flags), len(flags))])
+        varying = sp.csr_array(stacked[:, np.flatnonzero(flags)])
+        self._shared, self._batched = SparseMap(shared), SparseMap(varying)
+        self._base, self._varying = _Rows.of(shared, starts), _Rows.of(varying, starts)
+        self._own = _Rows.of(sp.csr_array(shared[:, :-1]), starts)  # the constant needs no gradient
+        self._slices = tuple(slice(int(i), int(j)) for i, j in pairwise(starts))
+        self._varies = tuple(f in self._varying.filled[1] for f in range(len(maps)))
+        self._batched_fields = np.flatnonzero(self._varies).astype(np.int32)
 
     def __call__(self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False) -> ProgramData:
         """Data from the shared features and a final 1 (1, k + 1), and the batched ones (B, l)."""
-        if differentiable or shared.device.type != "cpu":
-            apply = SparseMap.differentiable if differentiable else SparseMap.__call__
-            base = apply(self.shared, shared)
-            varying = apply(self.batched, batched) if self.batched is not None else None
-            return ProgramData(*self._fields(base, varying), batch=batch)
-        base = self.shared.on_host(shared.numpy())
-        varying = self.batched.on_host(batched.numpy()) if self.batched is not None else None
-        return ProgramData(*(torch.from_numpy(v) for v in self._fields(base, varying)), batch=batch)
+        if not differentiable and shared.device.type == "cpu":
+            return self.on_host(shared[0].numpy(), batched.numpy(), batch)
+        apply = SparseMap.differentiable if differentiable else SparseMap.__call__
+        base = apply(self._shared, shared)
+        varying = apply(self._batched, batched) if any(self._varies) else base
+        fields = [base[:, s] + varying[:, s] if v else base[:, s] for s, v in zip(self._slices, self._varies)]
+        return ProgramData(*fields, batch=batch)
 
-    def _fields(self, base: Any, varying: Any) -> list[Any]:
-        """P, q, A, b from the stacked shared and batched parts, tensors or arrays alike."""
-        return [base[:, f.rows] if f.varying is None else base[:, f.rows] + varying[:, f.varying] for f in self.fields]
+    def on_host(self, theta: np.ndarray, features: np.ndarray, batch: int) -> ProgramData:
+        """Data from arrays: shared features and a final 1 (k + 1,), batched features (B, l)."""
+        from convexlearn.program.map_kernels import constant_part, varying_part
+
+        values = np.empty(self._slices[-1].stop)
+        constant_part(*self._base.csr, theta, values)
+        base = tuple([values[s].reshape(1, -1) for s in self._slices])
+        if not len(self._batched_fields):
+            return ProgramData(*base, batch=batch)
+        fields = tuple([np.empty((batch, v.shape[1])) if f else v for v, f in zip(base, self._varies)])
+        map_ = self._varying
+        constants = (*map_.csr, map_.filled, features, base, fields, self._batched_fields)
+        run(lambda first, last, _: varying_part(*constants, first, last), batch)
+        return ProgramData(*fields, batch=batch)
+
+    def gradient(self, data: ProgramData) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the shared features (1, k), summed over the batch, and of the batched ones (B, l)."""
+        if data.device == CPU:
+            own, varying = self.gradient_on_host(data)
+            return torch.from_numpy(own)[None], None if varying is None else torch.from_numpy(varying)
+        total = torch.cat([g if len(g) == 1 else g.sum(0, keepdim=True) for g in data.fields()], 1)
+        own = self._shared.transposed(total)[:, :-1]
+        if not any(self._varies):
+            return own, None
+        full = [g if v else g.new_zeros(data.batch, g.shape[1]) for g, v in zip(data.fields(), self._varies)]
+        return own, self._batched.transposed(torch.cat(full, 1))
+
+    def gradient_on_host(self, data: ProgramData) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `gradient`: arrays (k,) and (B, l), the latter None where no batched feature enters the data."""
+        from convexlearn.program.map_kernels import batched_gradient, shared_gradient
+
+        map_, fields = self._own, data.arrays
+        own = np.empty(self._shared.shape[1] - 1)
+        shared_gradient(*map_.csr, map_.filled, fields, own)
+        if not len(self._batched_fields):
+            return own, None
+        map_, varying = self._varying, np.empty((data.batch, self._batched.shape[1]))
+        constants = (*map_.csr, map_.filled, fields, varying)
+        run(lambda first, last, _: batched_gradient(*constants, first, last), data.batch)
+        return own, varying
 
     def __deepcopy__(self, memo: dict) -> "DataMap":
         return self
-
-    def gradient(self, data: ProgramData) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the shared features (1, k + 1), summed over the batch, and of the batched ones (B, l)."""
-        if data.q.device.type != "cpu":
-            shared = torch.cat([g if len(g) == 1 else g.sum(0, keepdim=True) for g in data.fields()], 1)
-            parts = [g for g, f in zip(data.fields(), self.fields) if f.varying is not None]
-            varying = None if self.batched is None else self.batched.transposed(torch.cat(parts, 1))
-            return self.shared.transposed(shared), varying
-        host = [g.numpy() for g in data.fields()]
-        total = np.concatenate([g if len(g) == 1 else g.sum(0, keepdims=True) for g in host], 1)
-        varying = None
-        if self.batched is not None:
-            stacked = np.concatenate([g for g, f in zip(host, self.fields) if f.varying is not None], 1)
-            varying = torch.from_numpy(self.batched.on_host(stacked, True))
-        return torch.from_numpy(self.shared.on_host(total, True)), varying

@@ -1,7 +1,8 @@
 """Program (structure), ProgramData (values), Solution and Status: what layer and solvers exchange."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class Status(IntEnum):
     FAILED = 4
 
 
+CPU = torch.device("cpu")
 SOLVED_RESIDUAL = 1e-9
 INACCURATE_RESIDUAL = 1e-6
 
@@ -107,21 +109,70 @@ class Program:
         return self
 
 
-@dataclass(frozen=True, eq=False)
+def as_array(v: Tensor | np.ndarray) -> np.ndarray:
+    """A contiguous array on the host that shares memory with a tensor where it can."""
+    if isinstance(v, np.ndarray):
+        return v
+    if v.device.type == "cpu" and v.is_contiguous():
+        return v.detach().numpy()
+    return np.ascontiguousarray(v.detach().cpu().numpy())
+
+
+def as_tensor(v: Tensor | np.ndarray) -> Tensor:
+    """A tensor that shares memory with a contiguous array."""
+    return torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+
+
 class ProgramData:
     """Values of a program for a batch: stored entries P (B, nnz), A (B, nnz) and vectors q (B, n), b (B, m).
 
     float64. A field that all samples share has leading dimension 1; `batch` is B. The gradient of
-    a shared field is the sum over the batch and has leading dimension 1 too.
+    a shared field is the sum over the batch and has leading dimension 1 too. Made from tensors, or from
+    contiguous arrays, which become tensors when they are asked for: solvers on the host spare that time.
     """
 
-    P: Tensor
-    q: Tensor
-    A: Tensor
-    b: Tensor
-    batch: int
-
     FIELDS = ("P", "q", "A", "b")
+
+    def __init__(self, P: Any, q: Any, A: Any, b: Any, batch: int) -> None:
+        self._given = (P, q, A, b)
+        self.batch = batch
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        P, q, A, b = (as_tensor(v) for v in self._given)
+        return P, q, A, b
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(P, q, A, b) as contiguous arrays on the host."""
+        P, q, A, b = self._given
+        return as_array(P), as_array(q), as_array(A), as_array(b)
+
+    @property
+    def P(self) -> Tensor:
+        """(B, nnz) or (1, nnz) entries of the upper triangle of P."""
+        return self._tensors[0]
+
+    @property
+    def q(self) -> Tensor:
+        """(B, n) or (1, n)."""
+        return self._tensors[1]
+
+    @property
+    def A(self) -> Tensor:
+        """(B, nnz) or (1, nnz)."""
+        return self._tensors[2]
+
+    @property
+    def b(self) -> Tensor:
+        """(B, m) or (1, m)."""
+        return self._tensors[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        q = self._given[1]
+        return CPU if isinstance(q, np.ndarray) else q.device
 
     def shared(self, name: str) -> bool:
         """True when all samples share the field."""
@@ -129,7 +180,11 @@ class ProgramData:
 
     def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(P, q, A, b)."""
-        return self.P, self.q, self.A, self.b
+        return self._tensors
+
+    def replaced(self, **values: Any) -> "ProgramData":
+        """The same with some of P, q, A, b or batch replaced."""
+        return ProgramData(**{**dict(zip(self.FIELDS, self._given)), "batch": self.batch, **values})
 
     def expanded(self) -> "ProgramData":
         """The same values with every field expanded (a view) to the batch."""
@@ -143,25 +198,64 @@ class ProgramData:
         return ProgramData(*rows, batch=batch)
 
 
-@dataclass(frozen=True, eq=False)
 class Solution:
     """Solutions of a batch, with what the adjoint needs.
 
     x: (B, n) primal, z: (B, m) dual, status: (B,) values of Status, iterations: (B,),
-    residual: (B,) relative KKT residual. `private` belongs to the solver that made it (factors,
-    active sets). Rows of samples that are not solved hold the last iterate or NaN.
+    residual: (B,) relative KKT residual; tensors, or arrays that become tensors when they are asked
+    for. `private` belongs to the solver that made it (factors, active sets). Rows of samples that are
+    not solved hold the last iterate or NaN.
     """
 
-    program: Program
-    data: ProgramData
-    x: Tensor
-    z: Tensor
-    status: Tensor
-    iterations: Tensor
-    residual: Tensor
-    private: Any = field(default=None, repr=False)
+    def __init__(
+        self, program: Program, data: ProgramData, x: Any, z: Any, status: Any, iterations: Any, residual: Any,
+        private: Any = None,
+    ) -> None:  # fmt: skip
+        self.program, self.data, self.private = program, data, private
+        self._given = (x, z, status, iterations, residual)
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """x (B, n) and z (B, m) as contiguous arrays on the host."""
+        return as_array(self._given[0]), as_array(self._given[1])
+
+    @cached_property
+    def x(self) -> Tensor:
+        """(B, n) primal solutions."""
+        return as_tensor(self._given[0])
+
+    @cached_property
+    def z(self) -> Tensor:
+        """(B, m) dual solutions."""
+        return as_tensor(self._given[1])
+
+    @cached_property
+    def status(self) -> Tensor:
+        """(B,) values of Status, int64."""
+        return as_tensor(self._given[2])
+
+    @cached_property
+    def iterations(self) -> Tensor:
+        """(B,) iterations, int64."""
+        return as_tensor(self._given[3])
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(B,) relative KKT residuals."""
+        return as_tensor(self._given[4])
 
     @property
     def ok(self) -> Tensor:
         """(B,) True where the sample is SOLVED or INACCURATE."""
         return self.status <= Status.INACCURATE
+
+    @cached_property
+    def all_solved(self) -> bool:
+        """Whether every sample is SOLVED."""
+        return not as_array(self._given[2]).any()
+
+    def replaced(self, data: ProgramData | None = None, status: Tensor | None = None) -> "Solution":
+        """The same with other data or statuses."""
+        x, z, own, iterations, residual = self._given
+        kept = self.data if data is None else data
+        return Solution(self.program, kept, x, z, own if status is None else status, iterations, residual, self.private)

@@ -54,7 +54,8 @@ class Solver(Protocol):
 
     `options` is the dataclass of options (Options or a subclass). `native_objective` tells the
     compiler whether the solver takes a quadratic objective; otherwise the objective is linear and
-    squares become second-order cones.
+    squares become second-order cones. A solver whose adjoint takes arrays on the host as well as
+    tensors says so by an attribute `takes_arrays = True`, which spares the layer conversions.
     """
 
     name: ClassVar[str]

@@ -85,6 +85,26 @@ def gradient_block(P_row, P_col, A_row, A_col, k, x, z, vx, vz, gP, gA, block_P,
         products(A_row, A_col, z, vx, vz, x, gA, k)
 
 
+@helper
+def adjoint_residual_block(P_row, P_col, A_row, A_col, P, A, k, minus_dx, dz, vx, vz, out):
+    """out[k:] = |P vx + A'vz - dx| over the largest of the three terms and dz; all (rows, samples)."""
+    n, m, width = vx.shape[0], vz.shape[0], vx.shape[1]
+    Px, Az = np.zeros((n, width)), np.zeros((n, width))
+    add_quadratic(P_row, P_col, P, k, vx, Px)
+    multiply(A, k, A_col, A_row, 1.0, vz, Az)
+    error, size = np.zeros(width), np.full(width, 1e-300)
+    for i in range(n):
+        for j in range(width):
+            value = abs(Px[i, j] + Az[i, j] + minus_dx[i, j])
+            error[j] = value if not value <= error[j] else error[j]  # a NaN stays
+            size[j] = max(size[j], abs(Px[i, j]), abs(Az[i, j]), abs(minus_dx[i, j]))
+    for i in range(m):
+        for j in range(width):
+            size[j] = max(size[j], abs(dz[i, j]))
+    for j in range(width):
+        out[k + j] = error[j] / size[j]
+
+
 @entry
 def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, stop):
     """Relative KKT residuals out (B,) of samples start:stop."""
@@ -101,38 +121,20 @@ def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, st
 
 
 @entry
-def adjoint_residuals(P_row, P_col, A_row, A_col, P, A, dx, dz, vx, vz, out, start, stop):
-    """out (B,) = |P vx + A'vz - dx| over the largest of the three terms and dz, for samples start:stop."""
-    n, m = vx.shape[1], vz.shape[1]
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
-        bd, bx, bz = np.empty((n, width)), np.empty((n, width)), np.empty((m, width))
-        Px, Az = np.zeros((n, width)), np.zeros((n, width))
-        transpose_in(dx, k, 1.0, bd)
-        transpose_in(vx, k, 1.0, bx)
-        transpose_in(vz, k, 1.0, bz)
-        add_quadratic(P_row, P_col, P, k, bx, Px)
-        multiply(A, k, A_col, A_row, 1.0, bz, Az)
-        for j in range(width):
-            error, size = 0.0, 1e-300
-            for i in range(n):
-                error = max(error, abs(Px[i, j] + Az[i, j] - bd[i, j]))
-                size = max(size, abs(Px[i, j]), abs(Az[i, j]), abs(bd[i, j]))
-            for i in range(m):
-                size = max(size, abs(dz[k + j, i]))
-            out[k + j] = error / size
-
-
-@entry
-def gradients(P_row, P_col, A_row, A_col, x, z, vx, vz, gP, gA, block_P, block_A, start, stop):
-    """`gradient_block` of samples start:stop (at most WIDTH where a block is summed)."""
+def gradients(
+    P_row, P_col, A_row, A_col, P, A, dx, dz, x, z, vx, vz, gP, gA, residual, block_P, block_A, start, stop
+):  # fmt: skip
+    """`gradient_block` and `adjoint_residual_block` of samples start:stop (at most WIDTH where a block is summed)."""
     n, m = x.shape[1], z.shape[1]
     for k in range(start, stop, WIDTH):
         width = min(WIDTH, stop - k)
         bx, bvx = np.empty((n, width)), np.empty((n, width))
         bz, bvz = np.empty((m, width)), np.empty((m, width))
-        transpose_in(x, k, 1.0, bx)
         transpose_in(vx, k, 1.0, bvx)
-        transpose_in(z, k, 1.0, bz)
         transpose_in(vz, k, 1.0, bvz)
+        transpose_in(dx, k, -1.0, bx)
+        transpose_in(dz, k, 1.0, bz)
+        adjoint_residual_block(P_row, P_col, A_row, A_col, P, A, k, bx, bz, bvx, bvz, residual)
+        transpose_in(x, k, 1.0, bx)
+        transpose_in(z, k, 1.0, bz)
         gradient_block(P_row, P_col, A_row, A_col, k, bx, bz, bvx, bvz, gP, gA, block_P, block_A)

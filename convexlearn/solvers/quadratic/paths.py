@@ -14,11 +14,13 @@ from convexlearn.program.program import Program, Status
 from convexlearn.program.reduce import Arrays, Pair, Reduction
 from convexlearn.solvers.quadratic import shared
 
+Adjoint = tuple[Arrays, np.ndarray]  # gradients of the data, relative residuals (B,) of the adjoint system
+
 
 class Part(Protocol):
     """Samples that one path solved together."""
 
-    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Arrays:
+    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Adjoint:
         """Gradients of (P, q, A, b): of P and A summed (1, .) where they are shared, else per sample."""
         ...
 
@@ -41,7 +43,7 @@ class SharedPart:
 
     result: shared.SharedResult
 
-    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Arrays:
+    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Adjoint:
         """One compiled pass."""
         return shared.adjoint(self.result, data, solution, upstream, threads)
 
@@ -51,8 +53,11 @@ def solve_shared(
 ) -> Outcome:
     """The condensed path; samples it does not settle have an infinite residual."""
     x, z, residual, steps, result = shared.solve(condensed, data, batch, start, threads)
-    claim = np.where(steps < 0, int(Status.FAILED), int(Status.SOLVED))
-    return Outcome(x, z, residual, claim, np.maximum(steps, 0), SharedPart(result))
+    claim = np.zeros(batch, dtype=np.int64)
+    if steps.min(initial=0) < 0:
+        claim[steps < 0] = Status.FAILED
+        steps = np.maximum(steps, 0)
+    return Outcome(x, z, residual, claim, steps, SharedPart(result))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +68,7 @@ class LanesPart:
     result: Any
     sign: np.ndarray
 
-    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Arrays:
+    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Adjoint:
         """The reduced adjoint system is read off the gradients of the reduced vectors: vx = -dL/dq and so on."""
         from convexlearn.solvers.quadratic import lanes
 
@@ -78,7 +83,7 @@ class LanesPart:
         failed = self.result.status > Status.INACCURATE
         if failed.any():  # their data may be no numbers, which sums over the batch must not see
             adjoint[0][failed], adjoint[1][failed] = 0.0, 0.0
-        return gradients(reduction.program, data, solution, adjoint, threads)
+        return gradients(reduction.program, data, solution, upstream, adjoint, threads=threads)
 
 
 def solve_lanes(reduction: Reduction, symbolic: Any, data: Arrays, batch: int, options: dict) -> Outcome:
@@ -110,32 +115,29 @@ def residuals(program: Program, data: Arrays, solution: Pair, threads: int | Non
     return out
 
 
-def adjoint_residuals(program: Program, data: Arrays, upstream: Pair, adjoint: Pair, threads: int | None) -> np.ndarray:
-    """Relative residuals (B,) of the adjoint's stationarity rows P vx + A'vz = dx on the original program."""
-    from convexlearn.solvers.quadratic import kkt_kernels
+def gradients(
+    program: Program, data: Arrays, solution: Pair, upstream: Pair, adjoint: Pair, *, threads: int | None
+) -> Adjoint:
+    """Data gradients from solution and adjoint (vx, vz), summed where P or A is shared.
 
-    out = np.empty(len(upstream[0]))
-    constants = (program.P.rows, program.P.cols, program.A.rows, program.A.cols, data[0], data[2], *upstream)
-    run(lambda i, j, _: kkt_kernels.adjoint_residuals(*constants, *adjoint, out, i, j), len(out), threads)
-    return out
-
-
-def gradients(program: Program, data: Arrays, solution: Pair, adjoint: Pair, threads: int | None) -> Arrays:
-    """Data gradients: products of solution and adjoint at the stored entries, summed where P or A is shared."""
+    Second, the relative residuals (B,) of the adjoint's stationarity rows P vx + A'vz = dx.
+    """
     from convexlearn.solvers.quadratic import kkt_kernels
 
     batch = len(solution[0])
     shared_P, shared_A = len(data[0]) == 1, len(data[2]) == 1
     gP = np.empty((count(batch) if shared_P else batch, program.P.nnz))
     gA = np.empty((count(batch) if shared_A else batch, program.A.nnz))
-    constants = (program.P.rows, program.P.cols, program.A.rows, program.A.cols, *solution, *adjoint, gP, gA)
+    residual = np.empty(batch)
+    pattern = (program.P.rows, program.P.cols, program.A.rows, program.A.cols)
+    constants = (*pattern, data[0], data[2], *upstream, *solution, *adjoint, gP, gA, residual)
 
     def task(first: int, last: int, block: int) -> None:
         kkt_kernels.gradients(*constants, block if shared_P else -1, block if shared_A else -1, first, last)
 
     run(task, batch, threads)
     gP, gA = (g.sum(0, keepdims=True) if total else g for g, total in ((gP, shared_P), (gA, shared_A)))
-    return gP, -adjoint[0], gA, adjoint[1]
+    return (gP, -adjoint[0], gA, adjoint[1]), residual
 
 
 def select(data: Arrays, rows: np.ndarray) -> Arrays:

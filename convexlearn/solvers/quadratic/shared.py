@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from convexlearn.parallel import count, run
-from convexlearn.program.reduce import Arrays, BoxProgram, Reduction
+from convexlearn.program.reduce import Arrays, BoxProgram, Pair, Reduction
 
 LARGEST = 400  # dense factorizations per sample beyond this size cost more than sparse ones
 CONDITION = 1e10
@@ -174,27 +174,29 @@ def _signs(condensed: Condensed, states: np.ndarray) -> np.ndarray:
 
 
 def adjoint(
-    result: SharedResult, data: Arrays, solution: tuple[np.ndarray, np.ndarray],
-    upstream: tuple[np.ndarray, np.ndarray], threads: int | None = None,
-) -> Arrays:  # fmt: skip
-    """Gradients (P, q, A, b) of the data, those of P and A summed (1, .) unless they are given per sample."""
+    result: SharedResult, data: Arrays, solution: Pair, upstream: Pair, threads: int | None = None
+) -> tuple[Arrays, np.ndarray]:
+    """Gradients (P, q, A, b) of the data, those of P and A summed (1, .) unless they are given per sample.
+
+    Second, the relative residuals (B,) of the adjoint system.
+    """
     from convexlearn.solvers.quadratic import shared_kernels
 
-    condensed, (x, z), (dx, dz) = result.condensed, solution, upstream
+    condensed, (x, z) = result.condensed, solution
     reduction, batch = condensed.reduction, len(x)
-    vx, vz = np.empty_like(x), np.empty_like(z)
+    vx, vz, residual = np.empty_like(x), np.empty_like(z), np.empty(batch)
     sums = len(data[0]) == 1, len(data[2]) == 1
     gP, gA = (np.empty((count(batch) if s else batch, f.shape[1])) for s, f in zip(sums, (data[0], data[2])))
     constants = (reduction.plan, reduction.coef, condensed.arrangement.index, condensed.dense, data[0], data[2])
 
     def task(first: int, last: int, block: int) -> None:
         shared_kernels.backward(
-            *constants, condensed.lengths, reduction.box.absolute, dx, dz, x, z,
-            result.states, result.sign, vx, vz, gP, gA,
+            *constants, condensed.lengths, reduction.box.absolute, *upstream, x, z,
+            result.states, result.sign, vx, vz, gP, gA, residual,
             block if sums[0] else -1, block if sums[1] else -1, first, last,
         )  # fmt: skip
 
     run(task, batch, threads)
     np.negative(vx, out=vx)
     gP, gA = (g.sum(0, keepdims=True) if s and len(g) > 1 else g for g, s in zip((gP, gA), sums))
-    return gP, vx, gA, vz
+    return (gP, vx, gA, vz), residual

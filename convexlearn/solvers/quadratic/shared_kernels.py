@@ -23,7 +23,7 @@ from convexlearn.program.reduction_kernels import (
     transpose_out,
 )
 from convexlearn.solvers.quadratic.active_set_kernels import LOWER, UPPER, fixed_sample, solve_sample
-from convexlearn.solvers.quadratic.kkt_kernels import gradient_block, residual_block
+from convexlearn.solvers.quadratic.kkt_kernels import adjoint_residual_block, gradient_block, residual_block
 
 INNER, BASIC, LOWER_AT, UPPER_AT, ABSOLUTE_AT = range(5)
 
@@ -170,9 +170,9 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
 @entry
 def backward(
     plan, coef, index, dense, P, A, lengths, absolute, dx, dz, x, z, states, sign, vx, vz, gP, gA,
-    block_P, block_A, first, last,
+    residual, block_P, block_A, first, last,
 ):  # fmt: skip
-    """The adjoint (vx, vz) of samples first:last, and the gradients of P and A (see gradient_block).
+    """The adjoint (vx, vz) of samples first:last, its residuals, and the gradients of P and A (see gradient_block).
 
     absolute: the reduced program's variables in 1-norms, sign (B, 1-norms) their signs.
     """
@@ -198,8 +198,9 @@ def backward(
         lift_block(plan, coef, P, A, k, bq, bb, s, sign, False, bvx, bvz)
         transpose_out(bvx, vx, k)
         transpose_out(bvz, vz, k)
-        transpose_in(x, k, 1.0, bq)
-        transpose_in(z, k, 1.0, bb)
         rows, cols = part(plan, A_ROW), part(plan, A_COL)
         p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
+        adjoint_residual_block(p_rows, p_cols, rows, cols, P, A, k, bq, bb, bvx, bvz, residual)
+        transpose_in(x, k, 1.0, bq)
+        transpose_in(z, k, 1.0, bb)
         gradient_block(p_rows, p_cols, rows, cols, k, bq, bb, bvx, bvz, gP, gA, block_P, block_A)

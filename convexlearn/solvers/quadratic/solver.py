@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError, suggest
-from convexlearn.program.program import INACCURATE_RESIDUAL, SOLVED_RESIDUAL, Program, ProgramData, Solution, Status
+from convexlearn.program.program import (
+    CPU,
+    INACCURATE_RESIDUAL,
+    SOLVED_RESIDUAL,
+    Program,
+    ProgramData,
+    Solution,
+    Status,
+    as_array,
+)
 from convexlearn.program.reduce import Arrays, Pair, Reduction, reduce
 from convexlearn.solvers.base import (
+    ADJOINT_TOLERANCE,
     Options,
     dual_infeasible,
     primal_infeasible,
@@ -23,10 +33,10 @@ from convexlearn.solvers.base import (
 )
 from convexlearn.solvers.quadratic import shared, sparse
 from convexlearn.solvers.quadratic.paths import (
+    Adjoint,
     LanesPart,
     Outcome,
     Part,
-    adjoint_residuals,
     select,
     solve_lanes,
     solve_shared,
@@ -79,6 +89,7 @@ class Quadratic:
     name: ClassVar[str] = "quadratic"
     options: ClassVar[type[Options]] = QuadraticOptions
     native_objective: ClassVar[bool] = True
+    takes_arrays: ClassVar[bool] = True
 
     def supports(self, program: Program) -> str | None:
         """Only the zero cone and the nonnegative orthant."""
@@ -90,49 +101,36 @@ class Quadratic:
         if not data.batch:
             return _empty(program, data)
         usable = warm is not None and warm.x.shape == (data.batch, program.n)
-        call = _Call(_analysis(program), _arrays(data), data.batch, settings, warm if usable else None)
+        call = _Call(_analysis(program), data.arrays, data.batch, settings, warm if usable else None)
         outcome, parts = call.run()
         status = _statuses(program, data, outcome, settings)
-        open_ = np.flatnonzero((status == Status.INACCURATE) | (status == Status.FAILED))
-        if len(open_) and call.may_retry:
-            parts = call.retry(outcome, parts, open_)
+        if status.any() and call.may_retry:
+            open_ = np.flatnonzero((status == Status.INACCURATE) | (status == Status.FAILED))
+            parts = call.retry(outcome, parts, open_) if len(open_) else parts
             status = _statuses(program, data, outcome, settings)
-        tensors = (torch.from_numpy(v) for v in (outcome.x, outcome.z, status, outcome.iterations, outcome.residual))
-        if data.q.device.type != "cpu":
-            tensors = (t.to(data.q.device) for t in tensors)
-        return Solution(program, data, *tensors, private=_State(parts, settings.threads, data, call.data))
+        found = (outcome.x, outcome.z, status, outcome.iterations, outcome.residual)
+        if data.device != CPU:
+            found = tuple(torch.from_numpy(v).to(data.device) for v in found)
+        return Solution(program, data, *found, private=_State(parts, settings.threads))
 
-    def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
+    def adjoint(self, solution: Solution, dx: Tensor | np.ndarray, dz: Tensor | np.ndarray) -> ProgramData:
         """Gradients of the data: the adjoint of the optimality conditions, reduced and lifted like the solution."""
         state: _State = solution.private
-        data = state.arrays if state.data is solution.data else _arrays(solution.data)
-        x, z, dx_, dz_ = (_numpy(v) for v in (solution.x, solution.z, dx, dz))
-        ok = _numpy(solution.status) <= Status.INACCURATE
-        if not ok.all():
-            x, z, dx_, dz_ = (np.where(ok[:, None], v, 0.0) for v in (x, z, dx_, dz_))
-        total: list[np.ndarray] | None = None
-        for rows, covered, part in state.parts:
-            if rows is None and covered is None:
-                found = part.adjoint(data, (x, z), (dx_, dz_), state.threads)
-            elif rows is None:  # the other path solved the samples `covered` anew
-                up = dx_.copy(), dz_.copy()
-                up[0][covered], up[1][covered] = 0.0, 0.0
-                found = part.adjoint(data, (x, z), up, state.threads)
-            else:
-                found = part.adjoint(select(data, rows), (x[rows], z[rows]), (dx_[rows], dz_[rows]), state.threads)
-            total = _add(total, found, data, rows)
-        if total is None:
-            total = [np.zeros((min(len(f), 1), f.shape[1])) for f in data]
+        data, point, up = solution.data.arrays, solution.arrays, (as_array(dx), as_array(dz))
+        if not solution.all_solved:
+            ok = as_array(solution.ok)[:, None]
+            point, up = ((np.where(ok, v[0], 0.0), np.where(ok, v[1], 0.0)) for v in (point, up))
+        if len(state.parts) == 1:
+            gradients, residual = state.parts[0][2].adjoint(data, point, up, state.threads)
         else:
-            vx, vz = (np.ascontiguousarray(v) for v in (-total[1], total[3]))
-            warn_adjoint(
-                np.where(ok, adjoint_residuals(solution.program, data, (dx_, dz_), (vx, vz), state.threads), 0.0)
-            )
-        sums = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(data, total))
-        fields = (torch.from_numpy(g) for g in sums)
-        if dx.device.type != "cpu":
-            fields = (g.to(dx.device) for g in fields)
-        return ProgramData(*fields, batch=solution.data.batch)
+            gradients, residual = _joined(state, data, point, up)
+        gradients = [g.sum(0, keepdims=True) if len(f) == 1 != len(g) else g for f, g in zip(data, gradients)]
+        if len(residual) and not residual.max() <= ADJOINT_TOLERANCE:
+            warn_adjoint(residual)
+        if solution.data.device != CPU:
+            tensors = (torch.from_numpy(g).to(solution.data.device) for g in gradients)
+            return ProgramData(*tensors, batch=solution.data.batch)
+        return ProgramData(*gradients, batch=solution.data.batch)
 
     def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
         """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
@@ -142,17 +140,26 @@ class Quadratic:
         return active_set_solution(solution.program, data.expanded().fields(), active)
 
 
-def _add(total: list[np.ndarray] | None, found: Arrays, data: Arrays, rows: np.ndarray | None) -> list[np.ndarray]:
-    """Add the gradients of a part: summed ones as they are, the others at the part's samples."""
-    if rows is None:
-        return list(found)
-    assert total is not None  # the part that covers the whole batch comes first
-    for sum_, g, f in zip(total, found, data):
-        if len(sum_) == 1 and len(f) == 1:
-            sum_ += g.sum(0, keepdims=True)
-        else:
-            sum_[rows] += g
-    return total
+def _joined(state: "_State", data: Arrays, point: Pair, up: Pair) -> Adjoint:
+    """Gradients summed over the parts, and adjoint residuals (B,); the part for the whole batch comes first."""
+    total: list[np.ndarray] = [np.zeros((min(len(f), 1), f.shape[1])) for f in data]
+    residual = np.zeros(len(point[0]))
+    for rows, covered, part in state.parts:
+        if rows is not None:
+            own, down = ((v[0][rows], v[1][rows]) for v in (point, up))
+            found, residual[rows] = part.adjoint(select(data, rows), own, down, state.threads)
+            for sum_, g, f in zip(total, found, data):
+                if len(f) == 1:
+                    sum_ += g.sum(0, keepdims=True)
+                else:
+                    sum_[rows] += g
+            continue
+        down = up[0].copy(), up[1].copy()
+        if covered is not None:  # another part solved these samples anew
+            down[0][covered], down[1][covered] = 0.0, 0.0
+        found, residual = part.adjoint(data, point, down, state.threads)
+        total = [g.sum(0, keepdims=True) if len(f) == 1 != len(g) else g for f, g in zip(data, found)]
+    return (total[0], total[1], total[2], total[3]), residual
 
 
 Piece = tuple[np.ndarray | None, np.ndarray | None, Part]
@@ -163,13 +170,10 @@ class _State:
     """What the adjoint needs.
 
     parts: (samples or None for all, samples of it that a later part solved anew or None, part).
-    arrays: those of `data`.
     """
 
     parts: list[Piece]
     threads: int | None
-    data: ProgramData
-    arrays: Arrays
 
 
 @dataclass(eq=False)
@@ -237,7 +241,7 @@ class _Call:
         """Solve, and mend what the condensed path leaves open with the interior point."""
         condensed = self._condensed()
         if condensed is None and self._prefers_sparse():
-            warm = None if self.warm is None else (_numpy(self.warm.x), _numpy(self.warm.z))
+            warm = None if self.warm is None else (as_array(self.warm.x), as_array(self.warm.z))
             outcome = self._sparse(self.data, self.batch, warm)
             return outcome, [(None, None, outcome.part)]
         if condensed is None:
@@ -245,12 +249,11 @@ class _Call:
             whole = len(previous) == 1 and isinstance(previous[0][2], LanesPart)
             outcome = self._lanes(self.data, self.batch, previous[0][2].result if whole else None)
             return outcome, [(None, None, outcome.part)]
-        start = None if self.warm is None else _numpy(self.warm.x)
+        start = None if self.warm is None else as_array(self.warm.x)
         outcome = solve_shared(condensed, self.data, self.batch, start, self.options.threads)
-        settled = outcome.residual <= CERTIFIED
-        if settled.all():
+        if outcome.residual.max() <= CERTIFIED:
             return outcome, [(None, None, outcome.part)]
-        open_ = np.flatnonzero(~settled)
+        open_ = np.flatnonzero(~(outcome.residual <= CERTIFIED))
         mended = self._lanes(select(self.data, open_), len(open_))
         better = ~(mended.residual >= outcome.residual[open_])
         return outcome, _mend(outcome, [(None, None, outcome.part)], open_, mended, better)
@@ -330,7 +333,7 @@ class _Subset:
     part: Part
     counts: np.ndarray
 
-    def adjoint(self, data: Arrays, solution: tuple, upstream: tuple, threads: int | None) -> Arrays:
+    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Adjoint:
         """The part's gradients with nothing from the samples that don't count."""
         masked = tuple(np.where(self.counts[:, None], g, 0.0) for g in upstream)
         return self.part.adjoint(data, solution, (masked[0], masked[1]), threads)
@@ -339,13 +342,13 @@ class _Subset:
 def _empty(program: Program, data: ProgramData) -> Solution:
     integers, numbers = data.q.new_zeros(0, dtype=torch.int64), data.q.new_zeros(0)
     x, z = data.q.new_zeros(0, program.n), data.q.new_zeros(0, program.m)
-    return Solution(program, data, x, z, integers, integers, numbers, _State([], None, data, _arrays(data)))
+    return Solution(program, data, x, z, integers, integers, numbers, _State([], None))
 
 
 def _statuses(program: Program, data: ProgramData, outcome: Outcome, options: QuadraticOptions) -> np.ndarray:
     """Statuses from the residuals; INFEASIBLE and UNBOUNDED only with a certificate that holds."""
     status = np.zeros(len(outcome.x), dtype=np.int64)
-    if (outcome.residual <= SOLVED_RESIDUAL).all():
+    if outcome.residual.max() <= SOLVED_RESIDUAL:
         return status
     status = status_from_residual(torch.from_numpy(outcome.residual)).numpy()
     if options.smoothing:
@@ -356,19 +359,8 @@ def _statuses(program: Program, data: ProgramData, outcome: Outcome, options: Qu
     ):
         rows = np.flatnonzero((outcome.claim == claim) & (status == Status.FAILED))
         if len(rows):
-            samples = data.select(torch.from_numpy(rows).to(data.q.device))
-            ray = torch.from_numpy(rays[rows]).to(data.q.device)
+            samples = data.select(torch.from_numpy(rows).to(data.device))
+            ray = torch.from_numpy(rays[rows]).to(data.device)
             holds = certifies(program, samples, ray, CERTIFICATE_TOLERANCE).cpu().numpy()
             status[rows[holds]] = int(claim)
     return status
-
-
-def _numpy(v: Tensor) -> np.ndarray:
-    """A contiguous array that shares memory with a tensor where it can."""
-    if v.device.type == "cpu" and v.is_contiguous():
-        return v.detach().numpy()
-    return np.ascontiguousarray(v.detach().cpu().numpy())
-
-
-def _arrays(data: ProgramData) -> Arrays:
-    return _numpy(data.P), _numpy(data.q), _numpy(data.A), _numpy(data.b)

@@ -19,7 +19,7 @@ from scipy.sparse.linalg import splu
 from convexlearn.parallel import cores
 from convexlearn.program.program import Program, Status
 from convexlearn.program.reduce import Arrays, Pair
-from convexlearn.solvers.quadratic.paths import Outcome, gradients, residuals
+from convexlearn.solvers.quadratic.paths import Adjoint, Outcome, gradients, residuals
 
 HAND_OVER = 1e-5  # Clarabel's tolerance at which the active set is tried first
 HAND_OVER_LP = 1e-7  # an LP's early active sets are singular
@@ -282,7 +282,7 @@ class SparsePart:
     active: np.ndarray
     factors: list[Kkt | None]
 
-    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Arrays:
+    def adjoint(self, data: Arrays, solution: Pair, upstream: Pair, threads: int | None) -> Adjoint:
         """One solve per sample with the symmetric conditions of its active set."""
         dx, dz = upstream
         vx, vz = np.zeros_like(dx), np.zeros_like(dz)
@@ -297,7 +297,7 @@ class SparsePart:
             vx[k], vz[k, kkt.rows] = kkt.solve(dx[k], dz[k, kkt.rows])
 
         _each(task, len(dx), threads)
-        return gradients(self.program, data, solution, (vx, vz), threads)
+        return gradients(self.program, data, solution, upstream, (vx, vz), threads=threads)
 
 
 def solve(
