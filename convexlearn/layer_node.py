@@ -13,7 +13,7 @@ from convexlearn.errors import OptionError
 from convexlearn.layer_arguments import batch_shape, check_finite, result_type
 from convexlearn.program.compiler import Compiled
 from convexlearn.program.data_map import DataMap, SparseMap
-from convexlearn.program.program import CPU, ProgramData, Solution, Status, as_tensor
+from convexlearn.program.program import ProgramData, Solution, Status, as_tensor
 from convexlearn.solvers.base import Options, Solver
 
 SMALL = 4096  # entries up to which a dot product tells fastest whether all are finite
@@ -218,21 +218,20 @@ def _all_finite(value: np.ndarray) -> bool:
 
 def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, Any]:
     """Gradients to the canonical x (B, n) and z (B, m), arrays on the host; zero where there is no solution."""
-    plan, total = ctx.call.plan, {False: None, True: None}
+    plan = ctx.call.plan
+    total: dict[bool, Any] = {False: None, True: None}
     for k, (recovery, matrix) in enumerate(zip(plan.node.compiled.outputs, plan.node.outputs)):
         g = plan.flattened(grads[k], k)
         g = g * ctx.raw[k] if recovery.exp else g
         g = g if ctx.usable is None else torch.where(ctx.usable[:, None], g, 0.0)
         g = matrix.on_host(g.numpy(), True) if plan.host else matrix.transposed(g)
         total[recovery.dual] = g if total[recovery.dual] is None else total[recovery.dual] + g
-    program, device = plan.node.compiled.program, ctx.call.solution.data.device
-    return _or_zeros(total[False], plan.size, program.n, device), _or_zeros(total[True], plan.size, program.m, device)
-
-
-def _or_zeros(gradient: Any, batch: int, width: int, device: torch.device) -> Any:
-    if gradient is not None:
-        return gradient
-    return np.zeros((batch, width)) if device == CPU else torch.zeros(batch, width, dtype=torch.float64, device=device)
+    program, like = plan.node.compiled.program, grads[0]
+    for dual, width in ((False, program.n), (True, program.m)):
+        if total[dual] is None:
+            shape = plan.size, width
+            total[dual] = np.zeros(shape) if plan.host else like.new_zeros(shape, dtype=torch.float64)
+    return total[False], total[True]
 
 
 def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -75,11 +75,9 @@ def _selected_columns(matrix: sp.csr_array) -> np.ndarray | None:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A stack of the rows of P, q, A and b as map_kernels takes it."""
+    """A stack of the rows of P, q, A and b as map_kernels takes it: (pointer, column, value), and rows with entries."""
 
-    pointer: np.ndarray
-    column: np.ndarray
-    value: np.ndarray
+    csr: tuple[np.ndarray, np.ndarray, np.ndarray]
     filled: np.ndarray
 
     @classmethod
@@ -87,12 +85,8 @@ class _Rows:
         rows = np.flatnonzero(np.diff(matrix.indptr))
         field = np.searchsorted(starts, rows, side="right") - 1
         filled = np.stack([rows, field, rows - starts[field]]).astype(np.int32)
-        return cls(matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32), matrix.data.astype(float), filled)
-
-    @property
-    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(pointer, column, value)."""
-        return self.pointer, self.column, self.value
+        csr = matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32), matrix.data.astype(float)
+        return cls(csr, filled)
 
 
 class DataMap:
@@ -112,9 +106,10 @@ class DataMap:
         self._shared, self._batched = SparseMap(shared), SparseMap(varying)
         self._base, self._varying = _Rows.of(shared, starts), _Rows.of(varying, starts)
         self._own = _Rows.of(sp.csr_array(shared[:, :-1]), starts)  # the constant needs no gradient
+        self._starts, self._heights = starts.astype(np.int32), [m.shape[0] for m in maps]
         self._slices = tuple(slice(int(i), int(j)) for i, j in pairwise(starts))
         self._varies = tuple(f in self._varying.filled[1] for f in range(len(maps)))
-        self._batched_fields = np.flatnonzero(self._varies).astype(np.int32)
+        self._constant = not any(self._varies)  # over the batch
 
     def __call__(self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False) -> ProgramData:
         """Data from the shared features and a final 1 (1, k + 1), and the batched ones (B, l)."""
@@ -122,23 +117,20 @@ class DataMap:
             return self.on_host(shared[0].numpy(), batched.numpy(), batch)
         apply = SparseMap.differentiable if differentiable else SparseMap.__call__
         base = apply(self._shared, shared)
-        varying = apply(self._batched, batched) if any(self._varies) else base
+        varying = base if self._constant else apply(self._batched, batched)
         fields = [base[:, s] + varying[:, s] if v else base[:, s] for s, v in zip(self._slices, self._varies)]
         return ProgramData(*fields, batch=batch)
 
     def on_host(self, theta: np.ndarray, features: np.ndarray, batch: int) -> ProgramData:
         """Data from arrays: shared features and a final 1 (k + 1,), batched features (B, l)."""
-        from convexlearn.program.map_kernels import constant_part, varying_part
+        from convexlearn.program.map_kernels import evaluate
 
-        values = np.empty(self._slices[-1].stop)
-        constant_part(*self._base.csr, theta, values)
-        base = tuple([values[s].reshape(1, -1) for s in self._slices])
-        if not len(self._batched_fields):
-            return ProgramData(*base, batch=batch)
-        fields = tuple([np.empty((batch, v.shape[1])) if f else v for v, f in zip(base, self._varies)])
-        map_ = self._varying
-        constants = (*map_.csr, map_.filled, features, base, fields, self._batched_fields)
-        run(lambda first, last, _: varying_part(*constants, first, last), batch)
+        fields = tuple([np.empty((batch if varies else 1, n)) for varies, n in zip(self._varies, self._heights)])
+        constants = (*self._base.csr, self._starts, theta, self._varying.csr, self._varying.filled, features, fields)
+        if self._constant:
+            evaluate(*constants, 0, 0)
+        else:
+            run(lambda first, last, _: evaluate(*constants, first, last), batch)
         return ProgramData(*fields, batch=batch)
 
     def gradient(self, data: ProgramData) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +140,7 @@ class DataMap:
             return torch.from_numpy(own)[None], None if varying is None else torch.from_numpy(varying)
         total = torch.cat([g if len(g) == 1 else g.sum(0, keepdim=True) for g in data.fields()], 1)
         own = self._shared.transposed(total)[:, :-1]
-        if not any(self._varies):
+        if self._constant:
             return own, None
         full = [g if v else g.new_zeros(data.batch, g.shape[1]) for g, v in zip(data.fields(), self._varies)]
         return own, self._batched.transposed(torch.cat(full, 1))
@@ -160,7 +152,7 @@ class DataMap:
         map_, fields = self._own, data.arrays
         own = np.empty(self._shared.shape[1] - 1)
         shared_gradient(*map_.csr, map_.filled, fields, own)
-        if not len(self._batched_fields):
+        if self._constant:
             return own, None
         map_, varying = self._varying, np.empty((data.batch, self._batched.shape[1]))
         constants = (*map_.csr, map_.filled, fields, varying)

@@ -5,33 +5,39 @@ with entries: their number, field and position in it. Import this module only wh
 solved: it imports numba.
 """
 
+import numpy as np
+
 from convexlearn.program.compiled import entry
 
 
 @entry
-def constant_part(pointer, column, value, theta, out):
-    """out (rows,) = map @ theta."""
-    for i in range(len(out)):
-        total = 0.0
-        for e in range(pointer[i], pointer[i + 1]):
-            total += value[e] * theta[column[e]]
-        out[i] = total
+def evaluate(pointer, column, value, starts, theta, varying, rows, features, fields, first, last):
+    """Fields of samples first:last: map @ theta, and for batched ones `varying` (in CSR form) @ features.
 
-
-@entry
-def varying_part(pointer, column, value, rows, features, base, fields, varying, first, last):
-    """Samples first:last of the batched fields (numbers `varying`): base (1, .) each, plus map @ features."""
-    for f in varying:
-        out, own = fields[f], base[f]
-        for k in range(first, last):
-            for i in range(out.shape[1]):
-                out[k, i] = own[0, i]
+    `rows` lists those of `varying` with entries; fields without any are filled by the first block.
+    """
+    batched = np.zeros(len(fields), np.bool_)
+    for r in range(rows.shape[1]):
+        batched[rows[1, r]] = True
+    for f in range(len(fields)):
+        out = fields[f]
+        if last > first if batched[f] else first == 0:
+            own = out[first if batched[f] else 0]
+            for i in range(len(own)):
+                total = 0.0
+                for e in range(pointer[starts[f] + i], pointer[starts[f] + i + 1]):
+                    total += value[e] * theta[column[e]]
+                own[i] = total
+        if batched[f]:
+            for k in range(first + 1, last):
+                out[k] = out[first]
+    own_pointer, own_column, own_value = varying
     for r in range(rows.shape[1]):
         row, out, i = rows[0, r], fields[rows[1, r]], rows[2, r]
         for k in range(first, last):
             total = 0.0
-            for e in range(pointer[row], pointer[row + 1]):
-                total += value[e] * features[k, column[e]]
+            for e in range(own_pointer[row], own_pointer[row + 1]):
+                total += own_value[e] * features[k, own_column[e]]
             out[k, i] += total
 
 

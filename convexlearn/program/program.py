@@ -135,38 +135,44 @@ class ProgramData:
 
     def __init__(self, P: Any, q: Any, A: Any, b: Any, batch: int) -> None:
         self._given = (P, q, A, b)
+        self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
         self.batch = batch
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        P, q, A, b = (as_tensor(v) for v in self._given)
-        return P, q, A, b
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(P, q, A, b)."""
+        if self._tensors is None:
+            P, q, A, b = self._given
+            self._tensors = as_tensor(P), as_tensor(q), as_tensor(A), as_tensor(b)
+        return self._tensors
 
-    @cached_property
+    @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(P, q, A, b) as contiguous arrays on the host."""
-        P, q, A, b = self._given
-        return as_array(P), as_array(q), as_array(A), as_array(b)
+        if self._arrays is None:
+            P, q, A, b = self._given
+            self._arrays = as_array(P), as_array(q), as_array(A), as_array(b)
+        return self._arrays
 
     @property
     def P(self) -> Tensor:
         """(B, nnz) or (1, nnz) entries of the upper triangle of P."""
-        return self._tensors[0]
+        return self.fields()[0]
 
     @property
     def q(self) -> Tensor:
         """(B, n) or (1, n)."""
-        return self._tensors[1]
+        return self.fields()[1]
 
     @property
     def A(self) -> Tensor:
         """(B, nnz) or (1, nnz)."""
-        return self._tensors[2]
+        return self.fields()[2]
 
     @property
     def b(self) -> Tensor:
         """(B, m) or (1, m)."""
-        return self._tensors[3]
+        return self.fields()[3]
 
     @property
     def device(self) -> torch.device:
@@ -177,10 +183,6 @@ class ProgramData:
     def shared(self, name: str) -> bool:
         """True when all samples share the field."""
         return getattr(self, name).shape[0] == 1
-
-    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(P, q, A, b)."""
-        return self._tensors
 
     def replaced(self, **values: Any) -> "ProgramData":
         """The same with some of P, q, A, b or batch replaced."""
@@ -209,12 +211,12 @@ class Solution:
 
     def __init__(
         self, program: Program, data: ProgramData, x: Any, z: Any, status: Any, iterations: Any, residual: Any,
-        private: Any = None,
+        private: Any = None, all_solved: bool | None = None,
     ) -> None:  # fmt: skip
         self.program, self.data, self.private = program, data, private
-        self._given = (x, z, status, iterations, residual)
+        self._given, self._all_solved = (x, z, status, iterations, residual), all_solved
 
-    @cached_property
+    @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """x (B, n) and z (B, m) as contiguous arrays on the host."""
         return as_array(self._given[0]), as_array(self._given[1])
@@ -249,10 +251,12 @@ class Solution:
         """(B,) True where the sample is SOLVED or INACCURATE."""
         return self.status <= Status.INACCURATE
 
-    @cached_property
+    @property
     def all_solved(self) -> bool:
-        """Whether every sample is SOLVED."""
-        return not as_array(self._given[2]).any()
+        """Whether every sample is SOLVED; solvers that know it pass it on."""
+        if self._all_solved is None:
+            self._all_solved = not as_array(self._given[2]).any()
+        return self._all_solved
 
     def replaced(self, data: ProgramData | None = None, status: Tensor | None = None) -> "Solution":
         """The same with other data or statuses."""

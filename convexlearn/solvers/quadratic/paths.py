@@ -25,9 +25,12 @@ class Part(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Outcome:
-    """x (B, n), z (B, m), residual (B,) on the original program, claimed status and iterations (B,)."""
+    """x (B, n), z (B, m), residual (B,) on the original program, claimed status and iterations (B,).
+
+    worst: the largest residual, None where it is not known yet.
+    """
 
     x: np.ndarray
     z: np.ndarray
@@ -35,6 +38,12 @@ class Outcome:
     claim: np.ndarray
     iterations: np.ndarray
     part: Part
+    worst: float | None = None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether no residual exceeds the tolerance."""
+        worst = self.residual.max(initial=0.0) if self.worst is None else self.worst
+        return bool(worst <= tolerance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +61,12 @@ def solve_shared(
     condensed: shared.Condensed, data: Arrays, batch: int, start: np.ndarray | None, threads: int | None
 ) -> Outcome:
     """The condensed path; samples it does not settle have an infinite residual."""
-    x, z, residual, steps, result = shared.solve(condensed, data, batch, start, threads)
+    x, z, residual, steps, result, worst = shared.solve(condensed, data, batch, start, threads)
     claim = np.zeros(batch, dtype=np.int64)
-    if steps.min(initial=0) < 0:
+    if not worst < np.inf:
         claim[steps < 0] = Status.FAILED
         steps = np.maximum(steps, 0)
-    return Outcome(x, z, residual, claim, steps, SharedPart(result))
+    return Outcome(x, z, residual, claim, steps, SharedPart(result), worst)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,11 @@ class Condensed:
     dense: np.ndarray
     lengths: tuple[int, int]
 
+    @property
+    def constants(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What shared_kernels reads first."""
+        return self.reduction.plan, self.reduction.coef, self.arrangement.index, self.dense
+
     def matches(self, P: np.ndarray, A: np.ndarray) -> bool:
         """Whether these are the matrices that were condensed, bit by bit."""
         return self.values[1] == A.tobytes() and self.values[0] == P.tobytes()
@@ -138,6 +143,7 @@ class Settled(NamedTuple):
     residual: np.ndarray
     steps: np.ndarray
     result: SharedResult
+    worst: float
 
 
 def solve(
@@ -152,23 +158,18 @@ def solve(
     x, z = np.empty((batch, program.n)), np.empty((batch, program.m))
     residual, steps = np.empty(batch), np.empty(batch, dtype=np.int64)
     states = np.empty((batch, len(inner)), dtype=np.int8)
-    constants = (reduction.plan, reduction.coef, condensed.arrangement.index, condensed.dense)
-
-    def task(first: int, last: int, _: int) -> None:
-        shared_kernels.forward(
-            *constants, *data, program.cones.zero, condensed.lengths, begin,
-            x, z, residual, states, steps, first, last,
-        )  # fmt: skip
-
-    run(task, batch, threads)
-    return Settled(x, z, residual, steps, SharedResult(condensed, states, _signs(condensed, states)))
+    constants = (*condensed.constants, *data, program.cones.zero, condensed.lengths, begin)
+    constants = (*constants, x, z, residual, states, steps)
+    worst: list[float] = []
+    run(lambda first, last, _: worst.append(shared_kernels.forward(*constants, first, last)), batch, threads)
+    return Settled(x, z, residual, steps, SharedResult(condensed, states, _signs(condensed, states)), max(worst))
 
 
 def _signs(condensed: Condensed, states: np.ndarray) -> np.ndarray:
     """Signs (B, 1-norms) of the variables in 1-norms, zero where pinned at zero."""
     absolute = condensed.reduction.box.absolute
     if not len(absolute):
-        return np.empty((len(states), 0))
+        return NOTHING
     own = states[:, condensed.arrangement.position[absolute]]
     return np.where(own == 3, 1.0, np.where(own == -3, -1.0, 0.0))
 
@@ -183,20 +184,16 @@ def adjoint(
     from convexlearn.solvers.quadratic import shared_kernels
 
     condensed, (x, z) = result.condensed, solution
-    reduction, batch = condensed.reduction, len(x)
+    batch = len(x)
     vx, vz, residual = np.empty_like(x), np.empty_like(z), np.empty(batch)
     sums = len(data[0]) == 1, len(data[2]) == 1
     gP, gA = (np.empty((count(batch) if s else batch, f.shape[1])) for s, f in zip(sums, (data[0], data[2])))
-    constants = (reduction.plan, reduction.coef, condensed.arrangement.index, condensed.dense, data[0], data[2])
+    constants = (*condensed.constants, data[0], data[2], condensed.lengths, condensed.reduction.box.absolute)
+    constants = (*constants, *upstream, x, z, result.states, result.sign, vx, vz, gP, gA, residual)
 
     def task(first: int, last: int, block: int) -> None:
-        shared_kernels.backward(
-            *constants, condensed.lengths, reduction.box.absolute, *upstream, x, z,
-            result.states, result.sign, vx, vz, gP, gA, residual,
-            block if sums[0] else -1, block if sums[1] else -1, first, last,
-        )  # fmt: skip
+        shared_kernels.backward(*constants, block if sums[0] else -1, block if sums[1] else -1, first, last)
 
     run(task, batch, threads)
-    np.negative(vx, out=vx)
     gP, gA = (g.sum(0, keepdims=True) if s and len(g) > 1 else g for g, s in zip((gP, gA), sums))
     return (gP, vx, gA, vz), residual

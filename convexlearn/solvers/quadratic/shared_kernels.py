@@ -139,10 +139,12 @@ def pin(index, v, states, k, pinned):
 def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, residual, states, steps, first, last):
     """Solve samples first:last: x, z, residual on the original program, states and steps (-1: not settled).
 
+    Returns the largest residual, infinite where a sample did not settle.
+
     lengths: rows of the packed vectors and of the packed solution. begin: (0 or B, size) starts.
     """
     H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
-    n = len(H)
+    n, worst = len(H), 0.0
     no_sign = np.zeros((0, 0))
     for k in range(first, last, WIDTH):
         width = min(WIDTH, last - k)
@@ -165,6 +167,8 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
         for j in range(width):
             if steps[k + j] < 0:
                 residual[k + j] = np.inf
+            worst = max(worst, residual[k + j])
+    return worst
 
 
 @entry
@@ -172,7 +176,7 @@ def backward(
     plan, coef, index, dense, P, A, lengths, absolute, dx, dz, x, z, states, sign, vx, vz, gP, gA,
     residual, block_P, block_A, first, last,
 ):  # fmt: skip
-    """The adjoint (vx, vz) of samples first:last, its residuals, and the gradients of P and A (see gradient_block).
+    """The adjoint of samples first:last as (-vx, vz), its residuals, and the gradients of P and A (gradient_block).
 
     absolute: the reduced program's variables in 1-norms, sign (B, 1-norms) their signs.
     """
@@ -196,8 +200,10 @@ def backward(
         adjoint_multipliers(index, rho, states, k, s)
         bvx, bvz = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
         lift_block(plan, coef, P, A, k, bq, bb, s, sign, False, bvx, bvz)
-        transpose_out(bvx, vx, k)
         transpose_out(bvz, vz, k)
+        for j in range(width):
+            for i in range(len(bvx)):
+                vx[k + j, i] = -bvx[i, j]
         rows, cols = part(plan, A_ROW), part(plan, A_COL)
         p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
         adjoint_residual_block(p_rows, p_cols, rows, cols, P, A, k, bq, bb, bvx, bvz, residual)

@@ -104,14 +104,16 @@ class Quadratic:
         call = _Call(_analysis(program), data.arrays, data.batch, settings, warm if usable else None)
         outcome, parts = call.run()
         status = _statuses(program, data, outcome, settings)
-        if status.any() and call.may_retry:
+        solved = outcome.within(SOLVED_RESIDUAL)
+        if not solved and call.may_retry:
             open_ = np.flatnonzero((status == Status.INACCURATE) | (status == Status.FAILED))
             parts = call.retry(outcome, parts, open_) if len(open_) else parts
             status = _statuses(program, data, outcome, settings)
         found = (outcome.x, outcome.z, status, outcome.iterations, outcome.residual)
         if data.device != CPU:
             found = tuple(torch.from_numpy(v).to(data.device) for v in found)
-        return Solution(program, data, *found, private=_State(parts, settings.threads))
+        private = _State(parts, settings.threads)
+        return Solution(program, data, *found, private=private, all_solved=True if solved else None)
 
     def adjoint(self, solution: Solution, dx: Tensor | np.ndarray, dz: Tensor | np.ndarray) -> ProgramData:
         """Gradients of the data: the adjoint of the optimality conditions, reduced and lifted like the solution."""
@@ -251,7 +253,7 @@ class _Call:
             return outcome, [(None, None, outcome.part)]
         start = None if self.warm is None else as_array(self.warm.x)
         outcome = solve_shared(condensed, self.data, self.batch, start, self.options.threads)
-        if outcome.residual.max() <= CERTIFIED:
+        if outcome.within(CERTIFIED):
             return outcome, [(None, None, outcome.part)]
         open_ = np.flatnonzero(~(outcome.residual <= CERTIFIED))
         mended = self._lanes(select(self.data, open_), len(open_))
@@ -314,7 +316,7 @@ class _Call:
 
 def _mend(outcome: Outcome, parts: list[Piece], open_: np.ndarray, mended: Outcome, better: np.ndarray) -> list[Piece]:
     """Take over into `outcome` the samples open_[better] of `mended`, and their adjoint into the parts."""
-    rows = open_[better]
+    rows, outcome.worst = open_[better], None
     for name in ("x", "z", "residual", "claim", "iterations"):
         getattr(outcome, name)[rows] = getattr(mended, name)[better]
     pieces: list[Piece] = []
@@ -348,7 +350,7 @@ def _empty(program: Program, data: ProgramData) -> Solution:
 def _statuses(program: Program, data: ProgramData, outcome: Outcome, options: QuadraticOptions) -> np.ndarray:
     """Statuses from the residuals; INFEASIBLE and UNBOUNDED only with a certificate that holds."""
     status = np.zeros(len(outcome.x), dtype=np.int64)
-    if outcome.residual.max() <= SOLVED_RESIDUAL:
+    if outcome.within(SOLVED_RESIDUAL):
         return status
     status = status_from_residual(torch.from_numpy(outcome.residual)).numpy()
     if options.smoothing:
