@@ -23,6 +23,7 @@ program.compiler
 program.self_check program.compiled program.elimination
 program.substitution
 program.classify
+program.lane_kernels
 program.reduction_kernels program.map_kernels
 program.data_map
 program.reduce

@@ -8,8 +8,8 @@ module only when something is to be solved: it imports numba.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
+from convexlearn.program.lane_kernels import add_scaled, block_width
 
-WIDTH = 32
 # numbers of the index lists in reduce.PARTS
 (PIVOT_ROW, PIVOT_COL, PIVOT_ENTRY, POINTER, ENTRY, ENTRY_COL) = range(6)
 (P_ROW, P_COL, A_ROW, A_COL, KEEP, EQUAL, INEQUAL) = range(6, 13)
@@ -88,9 +88,7 @@ def multiply(values, k, rows, cols, factor, x, out):
             for j in range(width):
                 out[i, j] += factor * values[k + j, e] * x[c, j]
         else:
-            a = factor * values[0, e]
-            for j in range(width):
-                out[i, j] += a * x[c, j]
+            add_scaled(out, i, factor * values[0, e], x, c)
 
 
 @helper
@@ -99,11 +97,16 @@ def add_quadratic(rows, cols, P, k, x, g):
     width = g.shape[1]
     for e in range(len(rows)):
         i, c = rows[e], cols[e]
-        for j in range(width):
-            g[i, j] += P[k + j if P.shape[0] > 1 else 0, e] * x[c, j]
-        if i != c:
+        if P.shape[0] > 1:
             for j in range(width):
-                g[c, j] += P[k + j if P.shape[0] > 1 else 0, e] * x[i, j]
+                g[i, j] += P[k + j, e] * x[c, j]
+            if i != c:
+                for j in range(width):
+                    g[c, j] += P[k + j, e] * x[i, j]
+        else:
+            add_scaled(g, i, P[0, e], x, c)
+            if i != c:
+                add_scaled(g, c, P[0, e], x, i)
 
 
 @helper
@@ -122,9 +125,7 @@ def define(plan, A, k, b, x):
                 for j in range(width):
                     x[col, j] -= A[k + j, e] * x[c, j]
             else:
-                a = A[0, e]
-                for j in range(width):
-                    x[col, j] -= a * x[c, j]
+                add_scaled(x, col, -A[0, e], x, c)
         for j in range(width):
             x[col, j] *= scale
 
@@ -146,9 +147,7 @@ def price(plan, A, k, g, z):
                 for j in range(width):
                     g[c, j] += A[k + j, e] * z[row, j]
             else:
-                a = A[0, e]
-                for j in range(width):
-                    g[c, j] += a * z[row, j]
+                add_scaled(g, c, A[0, e], z, row)
 
 
 @helper
@@ -302,22 +301,25 @@ def adjoint_multipliers(plan, coef, A, k, g, sign, z):
 @entry
 def restrict(plan, coef, P, q, A, b, sense, out, start, stop):
     """Packed rows out (B, .) of samples start:stop from (sense * q, b)."""
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
+    k = start
+    while k < stop:
+        width = block_width(stop - k)
         g, slack = np.empty((q.shape[1], width)), np.empty((b.shape[1], width))
         block = np.empty((out.shape[1], width))
         transpose_in(q, k, sense, g)
         transpose_in(b, k, 1.0, slack)
         restrict_block(plan, coef, P, A, k, g, slack, block)
         transpose_out(block, out, k)
+        k += width
 
 
 @entry
 def lift(plan, coef, P, q, A, b, sense, packed, sign, ray, x, z, start, stop):
     """x (B, n) and z (B, m) of samples start:stop from packed rows, see `lift_block`; all or none are rays."""
     n, m = x.shape[1], z.shape[1]
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
+    k = start
+    while k < stop:
+        width = block_width(stop - k)
         g, offset, s = np.zeros((n, width)), np.zeros((m, width)), np.empty((packed.shape[1], width))
         if not ray:
             transpose_in(q, k, sense, g)
@@ -327,3 +329,4 @@ def lift(plan, coef, P, q, A, b, sense, packed, sign, ray, x, z, start, stop):
         lift_block(plan, coef, P, A, k, g, offset, s, sign, ray, block_x, block_z)
         transpose_out(block_x, x, k)
         transpose_out(block_z, z, k)
+        k += width

@@ -14,6 +14,7 @@ FREE, UPPER, LOWER, ZERO, PLUS, MINUS = 0, 1, -1, 2, 3, -3
 TOLERANCE = 1e-11
 PRIMAL_DUAL_STEPS = 25
 DESCENT_ROUNDS = 60
+FIRST, LATER = 10, 4
 SINGULAR = 1e-13
 
 
@@ -216,19 +217,23 @@ def primal_dual(H, S, g, bounds, states, u, rho, M, index, work, more, tolerance
 
 
 @helper
-def sweep(H, g, bounds, absolute, u, r):
-    """One round of coordinate descent on all variables; r = Hu + g is kept up to date."""
+def sweep(H, bounds, absolute, u, r, zeros_too):
+    """One round of coordinate descent; r = Hu + g is kept up to date.
+
+    Not `zeros_too`: only on variables that are not at zero in a 1-norm.
+    """
     lower, upper, w = bounds[0], bounds[1], bounds[2]
     n = len(u)
     for i in range(n):
+        if absolute[i] and u[i] == 0.0 and (not zeros_too or abs(r[i]) <= w[i]):
+            continue
         h = H[i, i]
         if not h > 0.0:
             continue
-        goal = u[i] - r[i] / h
+        goal = u[i] * h - r[i]
         if absolute[i]:
-            shrink = w[i] / h
-            goal = goal - shrink if goal > shrink else goal + shrink if goal < -shrink else 0.0
-        goal = min(max(goal, lower[i]), upper[i])
+            goal = goal - w[i] if goal > w[i] else goal + w[i] if goal < -w[i] else 0.0
+        goal = min(max(goal / h, lower[i]), upper[i])
         delta = goal - u[i]
         if delta != 0.0:
             u[i] = goal
@@ -261,8 +266,8 @@ def descend(H, g, bounds, absolute, states, u, rho, M, index, work, more, tolera
         r[i] = g[i]
     add_product(H, point, r)
     for step in range(DESCENT_ROUNDS):
-        for _ in range(10 if step == 0 else 4):
-            sweep(H, g, bounds, absolute, point, r)
+        for part_ in range(FIRST if step == 0 else LATER):
+            sweep(H, bounds, absolute, point, r, part_ % 3 == 0)
         read_states(point, r, bounds, absolute, states)
         set_pinned(states, lower, upper, pinned)
         slopes(states, g, w, total)

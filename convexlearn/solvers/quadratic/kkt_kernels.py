@@ -7,7 +7,8 @@ certify itself.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper, summing
-from convexlearn.program.reduction_kernels import WIDTH, add_quadratic, multiply, transpose_in
+from convexlearn.program.lane_kernels import block_width
+from convexlearn.program.reduction_kernels import add_quadratic, multiply, transpose_in
 
 
 @helper
@@ -45,44 +46,40 @@ def residual_block(P_row, P_col, A_row, A_col, zero, P, A, k, q, b, x, z, out):
 
 
 @summing
-def summed_products(rows, cols, a, b, c, d, out):
-    """out[e] = -(a_i'b_j + c_i'd_j) with i, j = rows[e], cols[e], summed over the samples."""
+def summed_products(rows, cols, a, b, c, d, halved, out):
+    """out[e] -= a_i'b_j + c_i'd_j with i, j = rows[e], cols[e], over the samples; half of it on the diagonal if asked."""
     for e in range(len(rows)):
         i, j = rows[e], cols[e]
         total = 0.0
         for k in range(a.shape[1]):
             total += a[i, k] * b[j, k] + c[i, k] * d[j, k]
-        out[e] = -total
+        out[e] -= 0.5 * total if halved and i == j else total
 
 
 @helper
-def products(rows, cols, a, b, c, d, out, first):
-    """out[first + k, e] = -(a_ik b_jk + c_ik d_jk) with i, j = rows[e], cols[e], per sample k."""
+def products(rows, cols, a, b, c, d, halved, out, first):
+    """As `summed_products` per sample k, into out[first + k, e]."""
     for e in range(len(rows)):
         i, j = rows[e], cols[e]
+        scale = -0.5 if halved and i == j else -1.0
         for k in range(a.shape[1]):
-            out[first + k, e] = -(a[i, k] * b[j, k] + c[i, k] * d[j, k])
+            out[first + k, e] = scale * (a[i, k] * b[j, k] + c[i, k] * d[j, k])
 
 
 @helper
 def gradient_block(P_row, P_col, A_row, A_col, k, x, z, vx, vz, gP, gA, block_P, block_A):
     """Gradients of the entries of P and A from solution (x, z) and adjoint (vx, vz), all (rows, samples).
 
-    Into rows k: of gP and gA (B, .), or summed into row block_P or block_A where that is >= 0.
+    Into rows k: of gP and gA (B, .), or added to row block_P or block_A where that is >= 0.
     """
     if block_P >= 0:
-        summed_products(P_row, P_col, vx, x, x, vx, gP[block_P])
+        summed_products(P_row, P_col, vx, x, x, vx, True, gP[block_P])
     else:
-        products(P_row, P_col, vx, x, x, vx, gP, k)
-    first, last = (block_P, block_P + 1) if block_P >= 0 else (k, k + x.shape[1])
-    for e in range(len(P_row)):
-        if P_row[e] == P_col[e]:
-            for row in range(first, last):
-                gP[row, e] *= 0.5
+        products(P_row, P_col, vx, x, x, vx, True, gP, k)
     if block_A >= 0:
-        summed_products(A_row, A_col, z, vx, vz, x, gA[block_A])
+        summed_products(A_row, A_col, z, vx, vz, x, False, gA[block_A])
     else:
-        products(A_row, A_col, z, vx, vz, x, gA, k)
+        products(A_row, A_col, z, vx, vz, x, False, gA, k)
 
 
 @helper
@@ -109,8 +106,9 @@ def adjoint_residual_block(P_row, P_col, A_row, A_col, P, A, k, minus_dx, dz, vx
 def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, stop):
     """Relative KKT residuals out (B,) of samples start:stop."""
     n, m = x.shape[1], z.shape[1]
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
+    k = start
+    while k < stop:
+        width = block_width(stop - k)
         bq, bx = np.empty((n, width)), np.empty((n, width))
         bb, bz = np.empty((m, width)), np.empty((m, width))
         transpose_in(q, k, 1.0, bq)
@@ -118,16 +116,18 @@ def residuals(P_row, P_col, A_row, A_col, zero, P, q, A, b, x, z, out, start, st
         transpose_in(x, k, 1.0, bx)
         transpose_in(z, k, 1.0, bz)
         residual_block(P_row, P_col, A_row, A_col, zero, P, A, k, bq, bb, bx, bz, out)
+        k += width
 
 
 @entry
 def gradients(
     P_row, P_col, A_row, A_col, P, A, dx, dz, x, z, vx, vz, gP, gA, residual, block_P, block_A, start, stop
 ):  # fmt: skip
-    """`gradient_block` and `adjoint_residual_block` of samples start:stop (at most WIDTH where a block is summed)."""
+    """`gradient_block` and `adjoint_residual_block` of samples start:stop."""
     n, m = x.shape[1], z.shape[1]
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
+    k = start
+    while k < stop:
+        width = block_width(stop - k)
         bx, bvx = np.empty((n, width)), np.empty((n, width))
         bz, bvz = np.empty((m, width)), np.empty((m, width))
         transpose_in(vx, k, 1.0, bvx)
@@ -138,3 +138,4 @@ def gradients(
         transpose_in(x, k, 1.0, bx)
         transpose_in(z, k, 1.0, bz)
         gradient_block(P_row, P_col, A_row, A_col, k, bx, bz, bvx, bvz, gP, gA, block_P, block_A)
+        k += width

@@ -135,8 +135,8 @@ def gradients(
 
     batch = len(solution[0])
     shared_P, shared_A = len(data[0]) == 1, len(data[2]) == 1
-    gP = np.empty((count(batch) if shared_P else batch, program.P.nnz))
-    gA = np.empty((count(batch) if shared_A else batch, program.A.nnz))
+    gP = np.zeros((count(batch) if shared_P else batch, program.P.nnz))
+    gA = np.zeros((count(batch) if shared_A else batch, program.A.nnz))
     residual = np.empty(batch)
     pattern = (program.P.rows, program.P.cols, program.A.rows, program.A.cols)
     constants = (*pattern, data[0], data[2], *upstream, *solution, *adjoint, gP, gA, residual)

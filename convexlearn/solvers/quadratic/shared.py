@@ -187,7 +187,7 @@ def adjoint(
     batch = len(x)
     vx, vz, residual = np.empty_like(x), np.empty_like(z), np.empty(batch)
     sums = len(data[0]) == 1, len(data[2]) == 1
-    gP, gA = (np.empty((count(batch) if s else batch, f.shape[1])) for s, f in zip(sums, (data[0], data[2])))
+    gP, gA = (np.zeros((count(batch) if s else batch, f.shape[1])) for s, f in zip(sums, (data[0], data[2])))
     constants = (*condensed.constants, data[0], data[2], condensed.lengths, condensed.reduction.box.absolute)
     constants = (*constants, *upstream, x, z, result.states, result.sign, vx, vz, gP, gA, residual)
 

@@ -8,12 +8,12 @@ in the order inner, basic.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
+from convexlearn.program.lane_kernels import add_scaled, block_width
 from convexlearn.program.reduction_kernels import (
     A_COL,
     A_ROW,
     P_COL,
     P_ROW,
-    WIDTH,
     gather,
     lift_block,
     part,
@@ -48,13 +48,10 @@ def matrices(index, dense):
 @helper
 def multiply_dense(M, factor, x, x_rows, out, out_rows):
     """out[out_rows] += factor M x[x_rows] over the samples of a block."""
-    width = out.shape[1]
     for r in range(len(out_rows)):
         o = out_rows[r]
         for c in range(len(x_rows)):
-            a, i = factor * M[r, c], x_rows[c]
-            for j in range(width):
-                out[o, j] += a * x[i, j]
+            add_scaled(out, o, factor * M[r, c], x, x_rows[c])
 
 
 @helper
@@ -146,8 +143,9 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
     H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
     n, worst = len(H), 0.0
     no_sign = np.zeros((0, 0))
-    for k in range(first, last, WIDTH):
-        width = min(WIDTH, last - k)
+    k = first
+    while k < last:
+        width = block_width(last - k)
         bq, bb = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
         transpose_in(q, k, 1.0, bq)
         transpose_in(b, k, 1.0, bb)
@@ -168,6 +166,7 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
             if steps[k + j] < 0:
                 residual[k + j] = np.inf
             worst = max(worst, residual[k + j])
+        k += width
     return worst
 
 
@@ -182,8 +181,9 @@ def backward(
     """
     H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
     n, pairs = len(H), len(absolute)
-    for k in range(first, last, WIDTH):
-        width = min(WIDTH, last - k)
+    k = first
+    while k < last:
+        width = block_width(last - k)
         bq, bb = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
         transpose_in(dx, k, -1.0, bq)
         transpose_in(dz, k, 1.0, bb)
@@ -210,3 +210,4 @@ def backward(
         transpose_in(x, k, 1.0, bq)
         transpose_in(z, k, 1.0, bb)
         gradient_block(p_rows, p_cols, rows, cols, k, bq, bb, bvx, bvz, gP, gA, block_P, block_A)
+        k += width

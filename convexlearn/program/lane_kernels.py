@@ -1,0 +1,68 @@
+"""Rows of samples side by side as explicit LLVM vectors: numba does not vectorize loops over them by itself.
+
+Blocks are arrays (rows, samples). `add_scaled` is the only operation on them that is hot: everything that
+multiplies with a sparse matrix is made of it. Import this module only when something is to be solved.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+
+from convexlearn.program.compiled import njit
+
+WIDTH = 32
+LANES = 8
+ALL, SOME = (0,) * WIDTH, (0,) * LANES  # a number of lanes travels as the length of a tuple
+FLAGS = ("contract", "nsz")
+intrinsic: Any = extending.intrinsic  # its result takes one argument less than the function it decorates
+
+
+@intrinsic
+def _add_scaled(typing_context, w, out, i, a, x, c):
+    """len(w) entries of `out` from position i += a times those of x from position c; unchecked."""
+
+    def generate(context, builder, sig, args):
+        vector = ir.VectorType(ir.DoubleType(), len(w))
+
+        def lanes(array: int, position: int) -> Any:
+            k = context.cast(builder, args[position], sig.args[position], types.intp)
+            data = cgutils.create_struct_proxy(sig.args[array])(context, builder, args[array]).data
+            return builder.bitcast(builder.gep(data, [k]), vector.as_pointer())
+
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(undefined, args[3], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), len(w)), [0] * len(w))
+        scale = builder.shuffle_vector(first, undefined, zeros)
+        target = lanes(1, 2)
+        product = builder.fmul(scale, builder.load(lanes(4, 5), align=8), flags=FLAGS)
+        builder.store(builder.fadd(builder.load(target, align=8), product, flags=FLAGS), target, align=8)
+        return context.get_dummy_value()
+
+    return types.void(w, out, i, types.float64, x, c), generate
+
+
+def _inlined(function: Any) -> Any:
+    return njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True, inline="always")(function)
+
+
+@_inlined
+def add_scaled(out, i, a, x, c):
+    """out[i] += a x[c] for blocks (rows, samples) of one width."""
+    width = out.shape[1]
+    if width == WIDTH:
+        _add_scaled(ALL, out, i * WIDTH, a, x, c * WIDTH)
+    elif width % LANES == 0:
+        for j in range(0, width, LANES):
+            _add_scaled(SOME, out, i * width + j, a, x, c * width + j)
+    else:
+        for j in range(width):
+            out[i, j] += a * x[c, j]
+
+
+@_inlined
+def block_width(remaining):
+    """Samples in the next block: a multiple of LANES while there are so many."""
+    width = min(WIDTH, remaining)
+    return width if width <= LANES else width - width % LANES
