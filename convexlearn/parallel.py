@@ -5,7 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
-BLOCK = 32  # samples per task; fixed, so that sums by block have one order
+BLOCK = 32  # samples per task; fixed by the program alone, so that sums by block have one order
+HEAVY, FEW = 8000, 4  # from so many matrix entries per sample a task takes only a few samples
 
 Task = Callable[[int, int, int], object]
 
@@ -15,9 +16,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count(batch: int) -> int:
+def block_of(entries: int) -> int:
+    """Samples per task for samples with so many matrix entries of their own."""
+    return BLOCK if entries < HEAVY else FEW
+
+
+def count(batch: int, block: int = BLOCK) -> int:
     """Number of blocks of a batch."""
-    return -(-batch // BLOCK)
+    return -(-batch // block)
 
 
 class _Help:
@@ -78,13 +84,13 @@ def drain(task: Task, ranges: Iterator[tuple[int, int, int]]) -> None:
         task(*arguments)
 
 
-def run(task: Task, batch: int, threads: int | None = None) -> None:
-    """Call task(start, stop, block) for every block; on several threads if there are several blocks."""
-    if batch <= BLOCK:
+def run(task: Task, batch: int, threads: int | None = None, block: int = BLOCK) -> None:
+    """Call task(start, stop, number) for every block; on several threads if there are several blocks."""
+    if batch <= block:
         task(0, batch, 0)
         return
-    blocks = count(batch)
-    ranges = iter([(b * BLOCK, min((b + 1) * BLOCK, batch), b) for b in range(blocks)])
+    blocks = count(batch, block)
+    ranges = iter([(b * block, min((b + 1) * block, batch), b) for b in range(blocks)])
     others = min(cores() if threads is None else threads, blocks) - 1
     helps = [_Help(task, ranges) for _ in range(others)]
     for help_ in helps:

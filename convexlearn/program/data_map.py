@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convexlearn.parallel import run
+from convexlearn.parallel import block_of, run
 from convexlearn.program.compiler import Compiled
 from convexlearn.program.program import CPU, ProgramData
 
@@ -110,6 +110,7 @@ class DataMap:
         self._slices = tuple(slice(int(i), int(j)) for i, j in pairwise(starts))
         self._varies = tuple(f in self._varying.filled[1] for f in range(len(maps)))
         self._constant = not any(self._varies)  # over the batch
+        self._block = block_of(varying.nnz)
 
     def __call__(self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False) -> ProgramData:
         """Data from the shared features and a final 1 (1, k + 1), and the batched ones (B, l)."""
@@ -130,7 +131,7 @@ class DataMap:
         if self._constant:
             evaluate(*constants, 0, 0)
         else:
-            run(lambda first, last, _: evaluate(*constants, first, last), batch)
+            run(lambda first, last, _: evaluate(*constants, first, last), batch, block=self._block)
         return ProgramData(*fields, batch=batch)
 
     def gradient(self, data: ProgramData) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +157,7 @@ class DataMap:
             return own, None
         map_, varying = self._varying, np.empty((data.batch, self._batched.shape[1]))
         constants = (*map_.csr, map_.filled, fields, varying)
-        run(lambda first, last, _: batched_gradient(*constants, first, last), data.batch)
+        run(lambda first, last, _: batched_gradient(*constants, first, last), data.batch, block=self._block)
         return own, varying
 
     def __deepcopy__(self, memo: dict) -> "DataMap":

@@ -1,7 +1,8 @@
 """Rows of samples side by side as explicit LLVM vectors: numba does not vectorize loops over them by itself.
 
-Blocks are arrays (rows, samples). `add_scaled` is the only operation on them that is hot: everything that
-multiplies with a sparse matrix is made of it. Import this module only when something is to be solved.
+Blocks are arrays (rows, samples). `add_scaled` is the only hot operation on them: everything that multiplies with
+a sparse matrix is made of it. `axpy` is the same for small dense matrices, one sample at a time. Import this
+module only when something is to be solved.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from convexlearn.program.compiled import njit
 
 WIDTH = 32
 LANES = 8
-ALL, SOME = (0,) * WIDTH, (0,) * LANES  # a number of lanes travels as the length of a tuple
+ALL, SOME, ONE = (0,) * WIDTH, (0,) * LANES, (0,)  # a number of lanes travels as the length of a tuple
 FLAGS = ("contract", "nsz")
 intrinsic: Any = extending.intrinsic  # its result takes one argument less than the function it decorates
 
@@ -43,11 +44,12 @@ def _add_scaled(typing_context, w, out, i, a, x, c):
     return types.void(w, out, i, types.float64, x, c), generate
 
 
-def _inlined(function: Any) -> Any:
+def inlined(function: Any) -> Any:
+    """A helper whose body replaces its calls before compilation, so that no references to arrays are counted."""
     return njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True, inline="always")(function)
 
 
-@_inlined
+@inlined
 def add_scaled(out, i, a, x, c):
     """out[i] += a x[c] for blocks (rows, samples) of one width."""
     width = out.shape[1]
@@ -61,7 +63,16 @@ def add_scaled(out, i, a, x, c):
             out[i, j] += a * x[c, j]
 
 
-@_inlined
+@inlined
+def axpy(out, i, a, x, c, n):
+    """n entries of `out` from flat position i += a times those of x from c; `out` and x are contiguous."""
+    for j in range(0, n - LANES + 1, LANES):
+        _add_scaled(SOME, out, i + j, a, x, c + j)
+    for j in range(n - n % LANES, n):
+        _add_scaled(ONE, out, i + j, a, x, c + j)
+
+
+@inlined
 def block_width(remaining):
     """Samples in the next block: a multiple of LANES while there are so many."""
     width = min(WIDTH, remaining)

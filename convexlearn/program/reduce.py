@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from convexlearn.parallel import run
+from convexlearn.parallel import block_of, run
 from convexlearn.program.classify import Roles, classify
 from convexlearn.program.elimination import Pivots, choose_pivots
 from convexlearn.program.program import Program, Sparsity
@@ -61,10 +61,12 @@ class Reduction:
     dual_widths: tuple[int, ...]
     ends: tuple[int, ...] = field(init=False)
     dual_ends: tuple[int, ...] = field(init=False)
+    block: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", tuple(accumulate(self.widths)))
         object.__setattr__(self, "dual_ends", tuple(accumulate(self.dual_widths)))
+        object.__setattr__(self, "block", block_of(self.program.A.nnz + self.program.P.nnz))
 
     def matrices(
         self, P: np.ndarray, A: np.ndarray, threads: int | None = None
@@ -74,7 +76,7 @@ class Reduction:
         if tape is None:
             return P, A[:, self.take_A], A[:, self.take_G]
         out = np.empty((max(len(P), len(A)), tape.results))
-        run(lambda first, last, _: _play(tape, P, A, out, range(first, last)), len(out), threads)
+        run(lambda i, j, _: _play(tape, P, A, out, range(i, j)), len(out), threads, self.block)
         quadratic = self.reduced.P.nnz
         constraints = out[:, quadratic:]
         return out[:, :quadratic], constraints[:, self.take_A], constraints[:, self.take_G]
@@ -84,7 +86,7 @@ class Reduction:
         from convexlearn.program.reduction_kernels import restrict
 
         out = np.empty((batch, self.ends[-1]))
-        run(lambda i, j, _: restrict(self.plan, self.coef, *data, sense, out, i, j), batch, threads)
+        run(lambda i, j, _: restrict(self.plan, self.coef, *data, sense, out, i, j), batch, threads, self.block)
         return out
 
     def restrict_adjoint(
@@ -123,7 +125,7 @@ class Reduction:
         batch = len(packed)
         x, z = np.empty((batch, self.program.n)), np.empty((batch, self.program.m))
         constants = (self.plan, self.coef, *data, sense, packed, sign, ray, x, z)
-        run(lambda i, j, _: lift(*constants, i, j), batch, threads)
+        run(lambda i, j, _: lift(*constants, i, j), batch, threads, self.block)
         return x, z
 
     def split(self, packed: np.ndarray) -> dict[str, np.ndarray]:
@@ -169,6 +171,7 @@ def _play(tape: Tape, P: np.ndarray, A: np.ndarray, out: np.ndarray, samples: ra
 # Index lists of `plan`, in order; reduction_kernels numbers them.
 PARTS = (
     *("PIVOT_ROW", "PIVOT_COL", "PIVOT_ENTRY", "POINTER", "ENTRY", "ENTRY_COL"),
+    *("CHAIN_POINTER", "CHAIN", "CHAIN_COL", "DEFINED_COLS", "KEPT_ROWS"),
     *("P_ROW", "P_COL", "A_ROW", "A_COL", "KEEP", "EQUAL", "INEQUAL"),
     *("LOWER_ROW", "LOWER_COL", "UPPER_ROW", "UPPER_COL", "ABS_T", "ABS_X", "ABS_UP", "ABS_DOWN"),
 )
@@ -231,10 +234,16 @@ def _plan(program: Program, pivots: Pivots, roles: Roles, keep: np.ndarray) -> t
         entries.append(row_entries[A.cols[row_entries] != col])
     pointer = np.cumsum([0, *(len(e) for e in entries)])
     others = np.concatenate([*entries, np.zeros(0, np.int64)]).astype(np.int64)
+    defined, gone = np.zeros(program.n, dtype=bool), np.zeros(program.m, dtype=bool)
+    defined[pivots.cols], gone[pivots.rows] = True, True
+    chain = [e[defined[A.cols[e]]] for e in entries]  # definitions by variables that are themselves defined
+    links = np.concatenate([*chain, np.zeros(0, np.int64)]).astype(np.int64)
     absolute = [[a.t for a in roles.absolute], [a.x for a in roles.absolute]]
     absolute += [[a.up for a in roles.absolute], [a.down for a in roles.absolute]]
     lists = [
         *(pivots.rows, pivots.cols, np.concatenate([*own, np.zeros(0, np.int64)]), pointer, others, A.cols[others]),
+        *(np.cumsum([0, *(len(e) for e in chain)]), links, A.cols[links]),
+        *(np.flatnonzero(defined[A.cols]), np.flatnonzero(~gone[A.rows])),
         *(P.rows, P.cols, A.rows, A.cols, keep, roles.equalities, roles.inequalities),
         *([b[1] for b in roles.lower], [b[0] for b in roles.lower]),
         *([b[1] for b in roles.upper], [b[0] for b in roles.upper], *absolute),

@@ -8,12 +8,13 @@ module only when something is to be solved: it imports numba.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
-from convexlearn.program.lane_kernels import add_scaled, block_width
+from convexlearn.program.lane_kernels import add_scaled, block_width, inlined
 
 # numbers of the index lists in reduce.PARTS
 (PIVOT_ROW, PIVOT_COL, PIVOT_ENTRY, POINTER, ENTRY, ENTRY_COL) = range(6)
-(P_ROW, P_COL, A_ROW, A_COL, KEEP, EQUAL, INEQUAL) = range(6, 13)
-(LOWER_ROW, LOWER_COL, UPPER_ROW, UPPER_COL, ABS_T, ABS_X, ABS_UP, ABS_DOWN) = range(13, 21)
+(CHAIN_POINTER, CHAIN, CHAIN_COL, DEFINED_COLS, KEPT_ROWS) = range(6, 11)
+(P_ROW, P_COL, A_ROW, A_COL, KEEP, EQUAL, INEQUAL) = range(11, 18)
+(LOWER_ROW, LOWER_COL, UPPER_ROW, UPPER_COL, ABS_T, ABS_X, ABS_UP, ABS_DOWN) = range(18, 26)
 
 
 @entry
@@ -78,42 +79,49 @@ def transpose_out(block, out, k):
             row[i] = block[i, j]
 
 
+@inlined
+def multiply_entry(values, k, e, i, c, factor, x, out):
+    """out[i] += factor * (entry e of samples k:) * x[c]."""
+    if values.shape[0] > 1:
+        for j in range(out.shape[1]):
+            out[i, j] += factor * values[k + j, e] * x[c, j]
+    else:
+        add_scaled(out, i, factor * values[0, e], x, c)
+
+
 @helper
 def multiply(values, k, rows, cols, factor, x, out):
-    """out[rows[e]] += factor * (entry e of samples k:) * x[cols[e]] for all entries e."""
-    width = out.shape[1]
+    """`multiply_entry` at i = rows[e], c = cols[e] for all entries e."""
     for e in range(len(rows)):
-        i, c = rows[e], cols[e]
-        if values.shape[0] > 1:
-            for j in range(width):
-                out[i, j] += factor * values[k + j, e] * x[c, j]
-        else:
-            add_scaled(out, i, factor * values[0, e], x, c)
+        multiply_entry(values, k, e, rows[e], cols[e], factor, x, out)
+
+
+@helper
+def multiply_some(values, k, entries, rows, cols, factor, x, out):
+    """`multiply` for some entries."""
+    for e in entries:
+        multiply_entry(values, k, e, rows[e], cols[e], factor, x, out)
 
 
 @helper
 def add_quadratic(rows, cols, P, k, x, g):
     """g += Px for upper triangles P."""
-    width = g.shape[1]
     for e in range(len(rows)):
         i, c = rows[e], cols[e]
-        if P.shape[0] > 1:
-            for j in range(width):
-                g[i, j] += P[k + j, e] * x[c, j]
-            if i != c:
-                for j in range(width):
-                    g[c, j] += P[k + j, e] * x[i, j]
-        else:
-            add_scaled(g, i, P[0, e], x, c)
-            if i != c:
-                add_scaled(g, c, P[0, e], x, i)
+        multiply_entry(P, k, e, i, c, 1.0, x, g)
+        if i != c:
+            multiply_entry(P, k, e, c, i, 1.0, x, g)
 
 
 @helper
-def define(plan, A, k, b, x):
-    """Fill in the eliminated variables of x from the others: x_v = (b_r - sum a_rj x_j) / a_rv."""
+def define(plan, A, k, b, x, from_zero):
+    """Fill in the eliminated variables of x from the others: x_v = (b_r - sum a_rj x_j) / a_rv.
+
+    from_zero: the others are zero, so that only eliminated variables enter.
+    """
     rows, cols, pivots = part(plan, PIVOT_ROW), part(plan, PIVOT_COL), part(plan, PIVOT_ENTRY)
-    pointer, entries, others = part(plan, POINTER), part(plan, ENTRY), part(plan, ENTRY_COL)
+    first = CHAIN_POINTER if from_zero else POINTER
+    pointer, entries, others = part(plan, first), part(plan, first + 1), part(plan, first + 2)
     width = x.shape[1]
     for p in range(len(rows)):
         row, col, scale = rows[p], cols[p], 1.0 / A[0, pivots[p]]
@@ -121,11 +129,7 @@ def define(plan, A, k, b, x):
             x[col, j] = b[row, j]
         for f in range(pointer[p], pointer[p + 1]):
             e, c = entries[f], others[f]
-            if A.shape[0] > 1:
-                for j in range(width):
-                    x[col, j] -= A[k + j, e] * x[c, j]
-            else:
-                add_scaled(x, col, -A[0, e], x, c)
+            multiply_entry(A, k, e, col, c, -1.0, x, x)
         for j in range(width):
             x[col, j] *= scale
 
@@ -143,11 +147,7 @@ def price(plan, A, k, g, z):
             g[col, j] = 0.0
         for f in range(pointer[p], pointer[p + 1]):
             e, c = entries[f], others[f]
-            if A.shape[0] > 1:
-                for j in range(width):
-                    g[c, j] += A[k + j, e] * z[row, j]
-            else:
-                add_scaled(g, c, A[0, e], z, row)
+            multiply_entry(A, k, e, c, row, 1.0, z, g)
 
 
 @helper
@@ -156,10 +156,10 @@ def restrict_block(plan, coef, P, A, k, g, slack, out):
     pivots, keep = part(plan, PIVOT_COL), part(plan, KEEP)
     if len(pivots) > 0:
         c, z = np.zeros_like(g), np.empty_like(slack)
-        define(plan, A, k, slack, c)
+        define(plan, A, k, slack, c, True)
         add_quadratic(part(plan, P_ROW), part(plan, P_COL), P, k, c, g)
         price(plan, A, k, g, z)
-        multiply(A, k, part(plan, A_ROW), part(plan, A_COL), -1.0, c, slack)
+        multiply_some(A, k, part(plan, DEFINED_COLS), part(plan, A_ROW), part(plan, A_COL), -1.0, c, slack)
     at = gather(keep, g, out, 0)
     at = gather(part(plan, EQUAL), slack, out, at)
     at = gather(part(plan, INEQUAL), slack, out, at)
@@ -212,7 +212,7 @@ def lift_block(plan, coef, P, A, k, q, b, s, sign, ray, x, z):
                 adjoint_epigraphs(plan, coef, b, sign[k + j], x, j)
             else:
                 epigraphs(plan, coef, q, s, at, x, z, j)
-    define(plan, A, k, b, x)
+    define(plan, A, k, b, x, False)
     g = q.copy()
     if not ray:
         add_quadratic(part(plan, P_ROW), part(plan, P_COL), P, k, x, g)
@@ -224,11 +224,7 @@ def lift_block(plan, coef, P, A, k, q, b, s, sign, ray, x, z):
 @helper
 def finish(plan, A, k, g, z):
     """Duals of the eliminated rows, given those of all others; g enters as Px + q."""
-    width = z.shape[1]
-    for row in part(plan, PIVOT_ROW):
-        for j in range(width):
-            z[row, j] = 0.0
-    multiply(A, k, part(plan, A_COL), part(plan, A_ROW), 1.0, z, g)
+    multiply_some(A, k, part(plan, KEPT_ROWS), part(plan, A_COL), part(plan, A_ROW), 1.0, z, g)
     price(plan, A, k, g, z)
 
 

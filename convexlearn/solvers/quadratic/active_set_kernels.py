@@ -8,13 +8,14 @@ State of a variable: FREE, UPPER, LOWER, ZERO (of a 1-norm), PLUS or MINUS (nonz
 import numpy as np
 
 from convexlearn.program.compiled import helper, summing
+from convexlearn.program.lane_kernels import axpy
 from convexlearn.program.reduction_kernels import part
 
 FREE, UPPER, LOWER, ZERO, PLUS, MINUS = 0, 1, -1, 2, 3, -3
 TOLERANCE = 1e-11
 PRIMAL_DUAL_STEPS = 25
 DESCENT_ROUNDS = 60
-FIRST, LATER = 10, 4
+FIRST_SWEEPS, LATER_SWEEPS = 24, 6  # every third over all variables, the others over those off zero
 SINGULAR = 1e-13
 
 
@@ -31,8 +32,7 @@ def factor(M, k):
         for i in range(j + 1, k):
             ratio = M[j, i] / pivot
             if ratio != 0.0:
-                for t in range(i, k):
-                    M[i, t] -= ratio * M[j, t]
+                axpy(M, i * M.shape[1] + i, -ratio, M, j * M.shape[1] + i, k - i)
     return True
 
 
@@ -40,9 +40,7 @@ def factor(M, k):
 def substitute(M, k, v):
     """v = (LDL')^-1 v."""
     for j in range(k):
-        ratio = v[j] / M[j, j]
-        for i in range(j + 1, k):
-            v[i] -= ratio * M[j, i]
+        axpy(v, j + 1, -v[j] / M[j, j], M, j * M.shape[1] + j + 1, k - j - 1)
     for j in range(k - 1, -1, -1):
         total = 0.0
         for i in range(j + 1, k):
@@ -55,8 +53,7 @@ def add_product(H, x, out):
     """out += H x for a symmetric H, by rows."""
     for i in range(len(x)):
         if x[i] != 0.0:
-            for j in range(len(x)):
-                out[j] += x[i] * H[i, j]
+            axpy(out, 0, x[i], H, i * H.shape[1], len(x))
 
 
 @helper
@@ -107,8 +104,7 @@ def apply(H, S, M, index, k, inverse, g, pinned, u, rho, work):
         for a in range(k):
             i = index[a]
             rho[i] = work[a]
-            for j in range(n):
-                u[j] -= work[a] * S[i, j]
+            axpy(u, 0, -work[a], S, i * n, n)
         for a in range(k):
             u[index[a]] = pinned[index[a]]
         return
@@ -117,16 +113,14 @@ def apply(H, S, M, index, k, inverse, g, pinned, u, rho, work):
         u[i] = pinned[i]
     for i in range(n):
         if pinned[i] != 0.0:
-            for j in range(n):
-                rho[j] -= pinned[i] * H[i, j]
+            axpy(rho, 0, -pinned[i], H, i * n, n)
     for a in range(k):
         work[a] = rho[index[a]]
     substitute(M, k, work)
     for a in range(k):
         i = index[a]
         u[i] = work[a]
-        for j in range(n):
-            rho[j] -= work[a] * H[i, j]
+        axpy(rho, 0, -work[a], H, i * n, n)
     for a in range(k):
         rho[index[a]] = 0.0
 
@@ -237,8 +231,7 @@ def sweep(H, bounds, absolute, u, r, zeros_too):
         delta = goal - u[i]
         if delta != 0.0:
             u[i] = goal
-            for j in range(n):
-                r[j] += delta * H[i, j]
+            axpy(r, 0, delta, H, i * n, n)
 
 
 @helper
@@ -266,8 +259,8 @@ def descend(H, g, bounds, absolute, states, u, rho, M, index, work, more, tolera
         r[i] = g[i]
     add_product(H, point, r)
     for step in range(DESCENT_ROUNDS):
-        for part_ in range(FIRST if step == 0 else LATER):
-            sweep(H, bounds, absolute, point, r, part_ % 3 == 0)
+        for turn in range(FIRST_SWEEPS if step == 0 else LATER_SWEEPS):
+            sweep(H, bounds, absolute, point, r, turn % 3 == 0)
         read_states(point, r, bounds, absolute, states)
         set_pinned(states, lower, upper, pinned)
         slopes(states, g, w, total)

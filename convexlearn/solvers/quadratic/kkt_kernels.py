@@ -47,7 +47,7 @@ def residual_block(P_row, P_col, A_row, A_col, zero, P, A, k, q, b, x, z, out):
 
 @summing
 def summed_products(rows, cols, a, b, c, d, halved, out):
-    """out[e] -= a_i'b_j + c_i'd_j with i, j = rows[e], cols[e], over the samples; half of it on the diagonal if asked."""
+    """out[e] -= a_i'b_j + c_i'd_j with i, j = rows[e], cols[e], over the samples; halved: half of it where i = j."""
     for e in range(len(rows)):
         i, j = rows[e], cols[e]
         total = 0.0

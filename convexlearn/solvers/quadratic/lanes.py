@@ -47,7 +47,7 @@ from convexlearn.solvers.quadratic.ldl import symbolic
 from convexlearn.solvers.quadratic.undecided import decide
 
 LANES = 8
-LARGE_FACTOR = 10_000  # entries of L from which one or two samples are solved in one lane
+LARGE_FACTOR = 10_000  # entries of L from which a few samples are solved in fewer lanes
 CHUNKS = 16  # of lane blocks; fixed, so that sums over the batch don't depend on the number of threads
 REGULARIZATION = 1e-7
 HAND_OVER = 5e-4  # KKT residual at which the polish is tried first
@@ -264,8 +264,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(symbolic: Symbolic, batch: int, threads: int | None) -> _Plan:
-    # one lane costs a second compilation; eight lanes for one sample cost time once they leave the cache
-    lanes = 1 if batch <= 2 and symbolic.layout.offset["N_L"] > LARGE_FACTOR else LANES
+    # each number of lanes is compiled once; eight lanes for a few samples leave cores idle, and the cache
+    lanes = LANES
+    if batch <= LANES and symbolic.layout.offset["N_L"] > LARGE_FACTOR:
+        lanes = 1 if batch <= 2 else LANES // 2
     blocks = -(-batch // lanes)
     order = np.minimum(np.arange(blocks * lanes, dtype=np.int32), batch - 1)
     count = min(CHUNKS, blocks)

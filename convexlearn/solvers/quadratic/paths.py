@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convexlearn.parallel import count, run
+from convexlearn.parallel import block_of, count, run
 from convexlearn.program.program import Program, Status
 from convexlearn.program.reduce import Arrays, Pair, Reduction
 from convexlearn.solvers.quadratic import shared
@@ -120,7 +120,8 @@ def residuals(program: Program, data: Arrays, solution: Pair, threads: int | Non
 
     out = np.empty(len(solution[0]))
     constants = (program.P.rows, program.P.cols, program.A.rows, program.A.cols, program.cones.zero)
-    run(lambda i, j, _: kkt_kernels.residuals(*constants, *data, *solution, out, i, j), len(out), threads)
+    block = block_of(program.A.nnz + program.P.nnz)
+    run(lambda i, j, _: kkt_kernels.residuals(*constants, *data, *solution, out, i, j), len(out), threads, block)
     return out
 
 
@@ -133,18 +134,19 @@ def gradients(
     """
     from convexlearn.solvers.quadratic import kkt_kernels
 
-    batch = len(solution[0])
+    batch, block = len(solution[0]), block_of(program.A.nnz + program.P.nnz)
+    blocks = count(batch, block)
     shared_P, shared_A = len(data[0]) == 1, len(data[2]) == 1
-    gP = np.zeros((count(batch) if shared_P else batch, program.P.nnz))
-    gA = np.zeros((count(batch) if shared_A else batch, program.A.nnz))
+    gP = np.zeros((blocks if shared_P else batch, program.P.nnz))
+    gA = np.zeros((blocks if shared_A else batch, program.A.nnz))
     residual = np.empty(batch)
     pattern = (program.P.rows, program.P.cols, program.A.rows, program.A.cols)
     constants = (*pattern, data[0], data[2], *upstream, *solution, *adjoint, gP, gA, residual)
 
-    def task(first: int, last: int, block: int) -> None:
-        kkt_kernels.gradients(*constants, block if shared_P else -1, block if shared_A else -1, first, last)
+    def task(first: int, last: int, number: int) -> None:
+        kkt_kernels.gradients(*constants, number if shared_P else -1, number if shared_A else -1, first, last)
 
-    run(task, batch, threads)
+    run(task, batch, threads, block)
     gP, gA = (g.sum(0, keepdims=True) if total else g for g, total in ((gP, shared_P), (gA, shared_A)))
     return (gP, -adjoint[0], gA, adjoint[1]), residual
 
