@@ -14,6 +14,7 @@ from convexlearn.program.program import (
     Program,
     ProgramData,
     Solution,
+    Sparsity,
     Status,
 )
 
@@ -162,24 +163,36 @@ def status_from_residual(residual: Tensor) -> Tensor:
 def primal_infeasible(program: Program, data: ProgramData, z: Tensor, tolerance: float) -> Tensor:
     """(B,) True where z (B, m) certifies that Ax + s = b, s >= 0 has no solution.
 
-    Farkas: z_i >= 0 on inequality rows, A'z = 0 and b'z < 0, up to `tolerance` relative to -b'z.
+    Farkas: z_i >= 0 on inequality rows, A'z = 0 and b'z < 0. Errors are relative to the terms of A'z, and may
+    be `tolerance` times -b'z relative to its terms, so that the units of rows and variables don't matter.
     """
     zero = program.cones.zero
     value = -(data.b * z).sum(1)
-    error = _largest(transposed_product(program, data.A, z))
-    error = error.maximum(_largest((-z[:, zero:]).clamp(min=0)))
-    return (value > 0) & (error <= tolerance * value)
+    weight = row_sizes(program.A, data.A) * z.abs()
+    negative = torch.where(z < 0, weight, 0.0)[:, zero:]
+    error = _largest(transposed_product(program, data.A, z)).maximum(_largest(negative))
+    return (value > 0) & (error * _largest(data.b * z) <= tolerance * value * _largest(weight))
 
 
 def dual_infeasible(program: Program, data: ProgramData, x: Tensor, tolerance: float) -> Tensor:
     """(B,) True where x (B, n) is a direction of unbounded descent.
 
-    Px = 0, Ax = 0 on equality rows, Ax <= 0 on inequality rows and q'x < 0, up to `tolerance`
-    relative to -q'x.
+    Px = 0, Ax = 0 on equality rows, Ax <= 0 on inequality rows and q'x < 0. Errors are relative to each row's
+    largest entry, and may be `tolerance` times -q'x relative to its terms.
     """
     zero = program.cones.zero
     value = -(data.q * x).sum(1)
     Ax = product(program, data.A, x)
-    error = _largest(symmetric_product(program, data.P, x)).maximum(_largest(Ax[:, :zero]))
-    error = error.maximum(_largest(Ax[:, zero:].clamp(min=0)))
-    return (value > 0) & (error <= tolerance * value)
+    Ax = torch.cat([Ax[:, :zero].abs(), Ax[:, zero:].clamp(min=0)], 1) / row_sizes(program.A, data.A)
+    Px = symmetric_product(program, data.P, x).abs() / row_sizes(program.P, data.P, symmetric=True)
+    error = _largest(Ax).maximum(_largest(Px))
+    return (value > 0) & (error * _largest(data.q * x) <= tolerance * value * _largest(x))
+
+
+def row_sizes(pattern: Sparsity, values: Tensor, symmetric: bool = False) -> Tensor:
+    """The largest magnitude (1 or B, rows) in every row of a matrix with these stored entries, 1 for empty rows."""
+    rows, cols = _index(pattern, values.device)
+    sizes, size = values.new_zeros(len(values), pattern.shape[0]), values.abs()
+    for index in (rows, cols) if symmetric else (rows,):
+        sizes = sizes.scatter_reduce(1, index.expand(len(values), -1), size, "amax")
+    return torch.where(sizes > 0, sizes, 1.0)
