@@ -31,6 +31,9 @@ CERTIFIED = 1e-11  # relative KKT residual that is accepted
 SHIFT = 1e-7  # of the equilibrated optimality conditions; refinement undoes it
 REFINEMENTS = 10
 ROUNDING = 1e-15
+CONVERGED = 1e-13  # relative residual at which refinement has done its work
+KRYLOV = 20  # dimension of the space that is searched where it has not
+NOISE = 1e-8  # singular values of the preconditioned system below this come from rounding
 CONSISTENT = 1e-9  # relative residual above which a singular system has no solution
 KEPT_ENTRIES = 30_000_000  # of the factors of a batch that wait for the adjoint; others are made again
 
@@ -83,6 +86,8 @@ class Kkt:
             # rounding can defeat a factorization without pivoting: make one with, which costs fill
             self.pivoted, self.lu = True, self._factor({"permc_spec": "COLAMD"})
             v, rest = self._refined(right)
+        if np.abs(rest).max(initial=0.0) > CONVERGED * size:
+            v, rest = self._krylov(v, rest)
         for _ in range(3):
             if not np.abs(rest).max(initial=0.0) > CONSISTENT * size:
                 break
@@ -108,6 +113,31 @@ class Kkt:
             if best <= goal:
                 break
         return v, rest
+
+
+    def _krylov(self, v: np.ndarray, rest: np.ndarray) -> Pair:
+        """Solution and residual after GMRES (Saad, Schultz 1986) preconditioned by the factor, where that helps.
+
+        Nearly dependent rows leave refinement a few slow directions, which a small Krylov space resolves.
+        Directions below the noise of rounding are dropped, as they are where the system is singular.
+        """
+        size = np.linalg.norm(rest)
+        basis, images = [rest / size], []
+        for _ in range(min(KRYLOV, len(rest))):
+            images.append(self.K @ self.lu.solve(basis[-1]))
+            new = images[-1].copy()
+            for _ in range(2):
+                for old in basis:
+                    new -= (new @ old) * old
+            norm = np.linalg.norm(new)
+            if not norm > ROUNDING * np.linalg.norm(images[-1]):
+                break
+            basis.append(new / norm)
+        y = np.linalg.lstsq(np.stack(images, 1), rest, rcond=NOISE)[0]
+        step = self.lu.solve(np.stack(basis[: len(images)], 1) @ y)
+        left = rest - self.K @ step
+        helps = np.abs(left).max() < 0.1 * np.abs(rest).max()
+        return (v + step, left) if helps else (v, rest)
 
 
 def _ruiz(K: sp.csc_array) -> np.ndarray:
