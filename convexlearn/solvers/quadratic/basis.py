@@ -35,7 +35,19 @@ from convexlearn.solvers.quadratic.layout import (
 )
 from convexlearn.solvers.quadratic.ldl import multiply, solve_factored
 from convexlearn.solvers.quadratic.polish import KINK
-from convexlearn.solvers.quadratic.simd import any_gt, full, helper, index, load, stage, store, vabs, vmax, vmin, where_gt
+from convexlearn.solvers.quadratic.simd import (
+    any_gt,
+    full,
+    helper,
+    index,
+    load,
+    stage,
+    store,
+    vabs,
+    vmax,
+    vmin,
+    where_gt,
+)
 
 PROJECTIONS = 4  # repetitions of the proximal step, each of which removes all but 1e-7 / curvature of the range
 SUSPECT = 1e-4  # entry of the projected probe (entries up to 1) that calls for the other repetitions

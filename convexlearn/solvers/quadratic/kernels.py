@@ -132,7 +132,7 @@ def solve_block(w, I, F, options):
             guess(w, I, F)
         fresh = polish(w, I, F, rounds if attempt < DROPPING else 1)
         if attempt < DROPPING:
-            if not fresh and (attempt == 0 or attempt == 1 and any_gt(open_lanes(w, I, F), 0.5)):
+            if not fresh and (attempt == 0 or (attempt == 1 and any_gt(open_lanes(w, I, F), 0.5))):
                 attempt += 1
                 continue
             attempt = DROPPING
