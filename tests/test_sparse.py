@@ -13,6 +13,7 @@ from convexlearn import ConvexLayer, Status
 from convexlearn.errors import AdjointWarning, OptionError
 from convexlearn.solvers.quadratic import solver, sparse
 from convexlearn.solvers.quadratic.solver import QuadraticOptions
+from convexlearn.solvers.quadratic.sparse_kkt import Kkt
 
 SPARSE = {"path": "sparse"}
 
@@ -164,7 +165,7 @@ def test_singular_system_gets_the_least_solution():
     program = layer._compiled.program
     P, A = np.zeros(program.P.nnz), np.ones(program.A.nnz)
     active = np.arange(program.m) < 5
-    kkt = sparse.Kkt(program, P, A, active)
+    kkt = Kkt(program, P, A, active)
     K = kkt.K.toarray() / np.outer(kkt.scale, kkt.scale)
     right = np.random.default_rng(0).standard_normal(len(K))
     x, z = kkt.solve(right[: program.n], right[program.n :])

@@ -18,6 +18,7 @@ from convexlearn.program.program import (
 )
 
 ADJOINT_TOLERANCE = 1e-6
+EQUILIBRATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -162,24 +163,41 @@ def status_from_residual(residual: Tensor) -> Tensor:
 def primal_infeasible(program: Program, data: ProgramData, z: Tensor, tolerance: float) -> Tensor:
     """(B,) True where z (B, m) certifies that Ax + s = b, s >= 0 has no solution.
 
-    Farkas: z_i >= 0 on inequality rows, A'z = 0 and b'z < 0, up to `tolerance` relative to -b'z.
+    Farkas: z_i >= 0 on inequality rows, A'z = 0 and b'z < 0, on equilibrated data, so that units don't matter.
+    Errors are relative to the terms of A'z, and may be `tolerance` times -b'z relative to its terms.
     """
     zero = program.cones.zero
-    value = -(data.b * z).sum(1)
-    error = _largest(transposed_product(program, data.A, z))
-    error = error.maximum(_largest((-z[:, zero:]).clamp(min=0)))
-    return (value > 0) & (error <= tolerance * value)
+    columns, rows = _equilibration(program, data)
+    z, value = z / rows, -(data.b * z).sum(1)
+    negative = (-z[:, zero:]).clamp(min=0)
+    error = _largest(columns * transposed_product(program, data.A, rows * z)).maximum(_largest(negative))
+    return (value > 0) & (error * _largest(data.b * rows * z) <= tolerance * value * _largest(z))
 
 
 def dual_infeasible(program: Program, data: ProgramData, x: Tensor, tolerance: float) -> Tensor:
     """(B,) True where x (B, n) is a direction of unbounded descent.
 
-    Px = 0, Ax = 0 on equality rows, Ax <= 0 on inequality rows and q'x < 0, up to `tolerance`
-    relative to -q'x.
+    Px = 0, Ax = 0 on equality rows, Ax <= 0 on inequality rows and q'x < 0, on equilibrated data, so that units
+    don't matter. Errors are relative to x, and may be `tolerance` times -q'x relative to its terms.
     """
     zero = program.cones.zero
-    value = -(data.q * x).sum(1)
-    Ax = product(program, data.A, x)
-    error = _largest(symmetric_product(program, data.P, x)).maximum(_largest(Ax[:, :zero]))
-    error = error.maximum(_largest(Ax[:, zero:].clamp(min=0)))
-    return (value > 0) & (error <= tolerance * value)
+    columns, rows = _equilibration(program, data)
+    value, size = -(data.q * x).sum(1), _largest(x / columns)
+    Ax, Px = rows * product(program, data.A, x), columns * symmetric_product(program, data.P, x)
+    error = _largest(Px).maximum(_largest(Ax[:, :zero])).maximum(_largest(Ax[:, zero:].clamp(min=0)))
+    return (value > 0) & (error * _largest(data.q * x) <= tolerance * value * size)
+
+
+def _equilibration(program: Program, data: ProgramData) -> tuple[Tensor, Tensor]:
+    """Scalings of variables (k, n) and rows (k, m) that bring the entries of P and A near 1 (Ruiz, 2001)."""
+    (i, j), (row, col) = (_index(pattern, data.q.device) for pattern in (program.P, program.A))
+    i, j, batch = torch.cat([i, row + program.n]), torch.cat([j, col]), max(len(data.P), len(data.A))
+    entries = torch.cat([data.P.expand(batch, -1), data.A.expand(batch, -1)], 1).abs()
+    scale = entries.new_ones(batch, program.n + program.m)
+    for _ in range(EQUILIBRATIONS):
+        scaled = entries * scale[:, i] * scale[:, j]
+        size = torch.zeros_like(scale)
+        for index in (i, j):
+            size = size.scatter_reduce(1, index.expand(batch, -1), scaled, "amax")
+        scale = scale / torch.where(size > 0, size, 1.0).sqrt()
+    return scale[:, : program.n], scale[:, program.n :]

@@ -43,10 +43,10 @@ UNBOUNDED_CODE = 3.0
 
 @helper
 def farkas(w, I, F, sol):
-    """Largest |A'y + G'z - lower + upper| relative to -(b'y + h'z - l'lower + u'upper) at the point `sol`."""
+    """Largest |A'y + G'z - lower + upper| relative to -(b'y + h'z - l'lower + u'upper) at `sol`, and that."""
     n, N, c, d, on = index(I, N_X), index(I, N_K), index(I, C), index(I, T), index(I, ON)
     inequalities, lower, upper = index(I, N_IN), index(I, N_LO), index(I, N_UP)
-    o, v, scale = N - inequalities, index(I, CERT), index(I, SCALE)
+    o, v = N - inequalities, index(I, CERT)
     value = full(w, 0.0)
     for i in range(N):
         store(F, d + i, full(w, 0.0))
@@ -74,11 +74,8 @@ def farkas(w, I, F, sol):
         above = v + N + lower + index(I, index(I, I_BOTH) + 3 * k + 2)
         store(F, above, load(w, F, above) + vmax(0.0 - pull, full(w, 0.0)))
         value = value + pull * load(w, F, c + at)
-    value = value * load(w, F, index(I, UNIT))
-    error = full(w, 0.0)
-    for i in range(n):
-        error = vmax(error, vabs(load(w, F, d + i)) / load(w, F, scale + i))
-    return where_gt(value, 0.0, error / value, 1e300), value
+    error = largest(w, F, d, n, full(w, 0.0)) / value  # equilibrated, since the caller's units are arbitrary
+    return where_gt(value, 0.0, error, 1e300), value * load(w, F, index(I, UNIT))
 
 
 @helper
@@ -86,8 +83,8 @@ def recession(w, I, F, sol):
     """Largest error of x in `sol` as a direction of unbounded descent, relative to -(q'x + w'|x|), and that."""
     n, N, c, d, on = index(I, N_X), index(I, N_K), index(I, C), index(I, T), index(I, ON)
     inequalities, lower, upper = index(I, N_IN), index(I, N_LO), index(I, N_UP)
-    o, v, scale = N - inequalities, index(I, CERT), index(I, SCALE)
-    cost, zero = load(w, F, index(I, COST)), full(w, 0.0)
+    o, v = N - inequalities, index(I, CERT)
+    zero = full(w, 0.0)
     value = zero
     for i in range(N):
         store(F, d + i, zero)
@@ -100,18 +97,15 @@ def recession(w, I, F, sol):
         x = vabs(load(w, F, v + index(I, index(I, I_ABS) + j)))
         value = value - x * load(w, F, c + N + lower + upper + j)
     multiply(w, I, F, v, d)
-    value = value * load(w, F, index(I, UNIT)) / cost
-    error = zero
-    for i in range(n):
-        error = vmax(error, vabs(load(w, F, d + i)) / (cost * load(w, F, scale + i)))
-    for i in range(n, N):
-        gap = load(w, F, d + i) / load(w, F, scale + i)
-        error = vmax(error, gap * load(w, F, on + i - o) if i >= o else vabs(gap))
+    error = largest(w, F, d, o, zero)
+    for i in range(o, N):
+        error = vmax(error, load(w, F, d + i) * load(w, F, on + i - o))
     for j in range(lower + upper):
         k = index(I, index(I, I_LO) + j) if j < lower else index(I, index(I, I_UP) + j - lower)
-        gap = load(w, F, v + k) * load(w, F, scale + k) * load(w, F, on + inequalities + j)
+        gap = load(w, F, v + k) * load(w, F, on + inequalities + j)
         error = vmax(error, 0.0 - gap if j < lower else gap)
-    return where_gt(value, 0.0, error / value, 1e300), value
+    unit = load(w, F, index(I, UNIT)) / load(w, F, index(I, COST))
+    return where_gt(value, 0.0, error / value, 1e300), value * unit
 
 
 @helper

@@ -23,7 +23,7 @@ from convexlearn.solvers.base import (
 )
 from convexlearn.solvers.quadratic.second_order import active_set_solution
 
-CERTIFICATE_TOLERANCE = 1e-7
+CERTIFICATE_TOLERANCE = 1e-6
 REGULARIZATION = 1e-11
 SHIFT = 1e-10  # of the equilibrated optimality conditions
 EQUILIBRATIONS = 12

@@ -1,6 +1,7 @@
 """Entry points of the compiled solver: ranges of lane blocks, forward and adjoint."""
 
 from convexlearn.solvers.quadratic.adjoint import adjoint_solve, data_gradients, scale_entries, upstream
+from convexlearn.solvers.quadratic.basis import DROPS, let_go, take_back
 from convexlearn.solvers.quadratic.equilibrate import (
     apply_scaling,
     find_scaling,
@@ -24,6 +25,7 @@ from convexlearn.solvers.quadratic.layout import (
     LIMIT,
     N_ABS,
     N_EQ,
+    N_IN,
     N_K,
     N_LO,
     N_PAIR,
@@ -70,6 +72,7 @@ from convexlearn.solvers.quadratic.simd import (
 EVERYTHING = 0b111111111
 ENTRIES = 0b000101001  # P, A and G
 FLOOR = 1e-3
+DROPPING = 3  # the attempt after those that solve
 
 
 @helper
@@ -103,22 +106,22 @@ def load_warm(w, I, F, point, active, order, block):
 
 @stage
 def solve_block(w, I, F, options):
-    """Warm polish, interior point with early hand-over to the polish, interior point to full accuracy."""
-    reg = index(I, REG)
+    """Warm polish, interior point with early hand-over to the polish, interior point to full accuracy.
+
+    Polished lanes then let go of dependent constraints, one at a time.
+    """
+    reg, rowless = index(I, REG), index(I, N_EQ) + index(I, N_IN) == 0
     smoothing, limit = get(options, SMOOTHING), get(options, LIMIT)
     unit = load(w, F, index(I, UNIT))
     store(F, reg + TARGET, load(w, F, index(I, COST)) * smoothing / (unit * unit))
-    rounds, fresh, first = int(get(options, ROUNDS)), False, 1
+    rounds, fresh, attempt, opened = int(get(options, ROUNDS)), False, 1, full(w, 0.0)
     if get(options, WARM) > 0.5:
-        first = 0
-    for attempt in range(first, 3):
-        if attempt > 0:
+        attempt = 0
+    for _ in range(DROPPING + DROPS):
+        if attempt == 1 or attempt == 2:
             if attempt == 1:
                 start(w, I, F)
-            open_lanes = (1.0 - load(w, F, reg + DONE)) * where_gt(load(w, F, reg + CODE), 0.5, 0.0, full(w, 1.0))
-            if attempt == 2 and not any_gt(open_lanes, 0.5):
-                break
-            store(F, reg + ACTIVE, open_lanes)
+            store(F, reg + ACTIVE, open_lanes(w, I, F))
             tolerance = get(options, TOLERANCE)
             if smoothing == 0.0 and rounds > 0:  # lanes that the polish refused go as far as they can
                 tolerance = get(options, HAND_OVER) if attempt == 1 else FLOOR * tolerance
@@ -127,10 +130,30 @@ def solve_block(w, I, F, options):
             if smoothing > 0.0 or rounds == 0:
                 break
             guess(w, I, F)
-        fresh = polish(w, I, F, rounds)
-        if fresh:
+        fresh = polish(w, I, F, rounds if attempt < DROPPING else 1)
+        if attempt < DROPPING:
+            if not fresh and (attempt == 0 or (attempt == 1 and any_gt(open_lanes(w, I, F), 0.5))):
+                attempt += 1
+                continue
+            attempt = DROPPING
+            opened = where_gt(load(w, F, reg + CODE), 0.5, 0.0, load(w, F, reg + DONE))
+        else:
+            kept = take_back(w, I, F, opened)
+            fresh = fresh and not any_gt(opened - kept, 0.5)
+            opened = kept
+        if rowless:  # bounds and kinks of different variables are independent
+            break
+        opened = let_go(w, I, F, opened)
+        if not any_gt(opened, 0.5):
             break
     finish(w, I, F, fresh)
+
+
+@helper
+def open_lanes(w, I, F):
+    """1 in lanes that are neither polished nor certified."""
+    reg = index(I, REG)
+    return (1.0 - load(w, F, reg + DONE)) * where_gt(load(w, F, reg + CODE), 0.5, 0.0, full(w, 1.0))
 
 
 @helper

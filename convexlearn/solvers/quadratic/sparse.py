@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.sparse.linalg import splu
 
 from convexlearn.parallel import cores
 from convexlearn.program.program import Program, Status
 from convexlearn.program.reduce import Arrays, Pair
 from convexlearn.solvers.quadratic.paths import Adjoint, Outcome, gradients, residuals
+from convexlearn.solvers.quadratic.sparse_kkt import CONSISTENT, Kkt
 
 HAND_OVER = 1e-5  # Clarabel's tolerance at which the active set is tried first
 HAND_OVER_LP = 1e-7  # an LP's early active sets are singular
@@ -28,101 +28,10 @@ ROUNDS = 6
 WARM_ROUNDS = 4
 EXACT = 1e-13  # relative KKT residual at which corrections stop
 CERTIFIED = 1e-11  # relative KKT residual that is accepted
-SHIFT = 1e-7  # of the equilibrated optimality conditions; refinement undoes it
-REFINEMENTS = 10
-ROUNDING = 1e-15
-CONSISTENT = 1e-9  # relative residual above which a singular system has no solution
+INVOLVED = 1e-6  # smallest entry that counts of a direction of entries up to 1
+DROPS = 30  # dependent rows that are let go at most
+SPARED = 1_000_000  # entries of a factor from which none are, since each costs a factorization
 KEPT_ENTRIES = 30_000_000  # of the factors of a batch that wait for the adjoint; others are made again
-
-
-class Kkt:
-    """Factor of [P, B'; B, 0] with the active rows B of A, equilibrated and shifted to be quasi-definite.
-
-    A quasi-definite matrix has an LDL' factorization in every symmetric order (Vanderbei 1995), so the
-    order serves sparsity alone.
-    """
-
-    def __init__(self, program: Program, P: np.ndarray, A: np.ndarray, active: np.ndarray) -> None:
-        self.n, self.rows = program.n, np.flatnonzero(active)
-        size = self.n + len(self.rows)
-        number = np.zeros(program.m, dtype=np.int32)
-        number[self.rows] = np.arange(self.n, size, dtype=np.int32)
-        off, kept = program.P.rows != program.P.cols, active[program.A.rows]
-        row, col = number[program.A.rows[kept]], program.A.cols[kept]
-        i = np.concatenate([program.P.rows, program.P.cols[off], row, col])
-        j = np.concatenate([program.P.cols, program.P.rows[off], col, row])
-        K = sp.csc_array((np.concatenate([P, P[off], A[kept], A[kept]]), (i, j)), shape=(size, size))
-        self.scale = _ruiz(K)
-        D = sp.diags_array(self.scale, format="csc")
-        self.K: Any = sp.csc_array(D @ K @ D)
-        symmetric = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
-        self.pivoted, self.lu = False, self._factor(symmetric)
-
-    def _factor(self, options: dict[str, Any]) -> Any:
-        shift = np.full(self.K.shape[0], SHIFT)
-        shift[self.n :] = -SHIFT
-        shifted: Any = sp.csc_array(self.K + sp.diags_array(shift, format="csc"))
-        shifted.indices, shifted.indptr = shifted.indices.astype(np.intc), shifted.indptr.astype(np.intc)
-        return splu(shifted, **options)
-
-    @property
-    def nnz(self) -> int:
-        """Stored entries of the factor."""
-        return self.lu.nnz
-
-    def solve(self, top: np.ndarray, bottom: np.ndarray) -> Pair:
-        """x (n,) and the multipliers (active,) of right-hand sides `top` (n,) and `bottom` (active,).
-
-        Where the system is singular: the solution of least norm, of the part of the right-hand side
-        that has one.
-        """
-        right = self.scale * np.concatenate([top, bottom])
-        size = np.abs(right).max(initial=0.0)
-        v, rest = self._refined(right)
-        if not self.pivoted and not np.abs(rest).max(initial=0.0) <= CONSISTENT * size:
-            # rounding can defeat a factorization without pivoting: make one with, which costs fill
-            self.pivoted, self.lu = True, self._factor({"permc_spec": "COLAMD"})
-            v, rest = self._refined(right)
-        for _ in range(3):
-            if not np.abs(rest).max(initial=0.0) > CONSISTENT * size:
-                break
-            # refinement is the proximal point method, so what it leaves is the projection on the null space
-            right = right - rest
-            v, rest = self._refined(right)
-        v = self.scale * v
-        return v[: self.n], v[self.n :]
-
-    def _refined(self, right: np.ndarray) -> Pair:
-        """Solution and remaining residual after iterative refinement."""
-        v, rest = np.zeros_like(right), right
-        best = np.abs(rest).max(initial=0.0)
-        goal = ROUNDING * best
-        for _ in range(REFINEMENTS):
-            trial = v + self.lu.solve(rest)
-            left = right - self.K @ trial
-            error = np.abs(left).max(initial=0.0)
-            if not error < 0.5 * best:
-                # a first step without progress is a right-hand side in the null space
-                return (trial, left) if error <= best else (v, rest)
-            v, rest, best = trial, left, error
-            if best <= goal:
-                break
-        return v, rest
-
-
-def _ruiz(K: sp.csc_array) -> np.ndarray:
-    """Symmetric scaling (k,) that brings the largest entries of all columns near 1 (Ruiz, 2001)."""
-    scale, size = np.ones(K.shape[1]), np.abs(K.data)
-    filled = np.flatnonzero(np.diff(K.indptr))
-    columns = np.repeat(np.arange(K.shape[1]), np.diff(K.indptr))
-    for _ in range(4):
-        if not len(filled):
-            break
-        largest = np.ones_like(scale)
-        entries = size * scale[K.indices] * scale[columns]
-        largest[filled] = np.maximum.reduceat(entries, K.indptr[filled])
-        scale /= np.sqrt(np.where(largest > 1e-12, largest, 1.0))
-    return np.clip(scale, 1e-6, 1e6)
 
 
 @dataclass(eq=False)
@@ -167,17 +76,14 @@ class _Sample:
 
     def polish(self, x: np.ndarray, z: np.ndarray, rounds: int) -> None:
         """Solve on the active set that (x, z) suggest, correct it, and keep the best point."""
-        program, (P, q, A, b) = self.program, self.data
-        upper, C, zero = program.P.matrix(P[0]), self.constraints(), program.cones.zero
+        program, (P, _, A, b) = self.program, self.data
+        C, zero = self.constraints(), program.cones.zero
         active, start = self.guess(x, z), (x, z)
         for _ in range(rounds):
             kkt = Kkt(program, P[0], A[0], active)
             x, z = start[0], np.where(active, start[1], 0.0)
             for _ in range(2):  # the second step removes what rounding left of the first
-                Px = upper @ x + upper.T @ x - upper.diagonal() * x
-                dx, dz = kkt.solve(-(Px + q[0] + C.T @ z), (b[0] - C @ x)[active])
-                x, z = x + dx, z.copy()
-                z[active] += dz
+                x, z = self.newton(kkt, x, z)
                 admissible = z.copy()
                 admissible[zero:] = admissible[zero:].clip(min=0)
                 if not self.keep(x, admissible, active, kkt):
@@ -188,6 +94,43 @@ class _Sample:
             active, last = self.corrected(active, x, z, slack), active
             if (active == last).all():
                 break
+
+    def newton(self, kkt: Kkt, x: np.ndarray, z: np.ndarray) -> Pair:
+        """x and z after one step with the conditions of an active set."""
+        P, q, _, b = self.data
+        upper, C = self.program.P.matrix(P[0]), self.constraints()
+        Px = upper @ x + upper.T @ x - upper.diagonal() * x
+        dx, dz = kkt.solve(-(Px + q[0] + C.T @ z), (b[0] - C @ x)[kkt.rows])
+        z = z.copy()
+        z[kkt.rows] += dz
+        return x + dx, z
+
+    def let_go(self) -> None:
+        """Drop inequality rows that depend on other active rows, one after the other, as basis.py does."""
+        zero, (P, _, A, _) = self.program.cones.zero, self.data
+        for _ in range(DROPS):
+            along = None if self.kkt is None or self.residual > CERTIFIED else self.kkt.dependence()
+            if self.kkt is None or along is None or self.kkt.nnz > SPARED:
+                return
+            rows = self.kkt.rows
+            involved = (rows >= zero) & (np.abs(along) > INVOLVED * self.kkt.scale[self.program.n :])
+            if not involved.any():
+                return
+            slope = np.where(involved, along, 0.0)
+            with np.errstate(divide="ignore"):
+                reach = np.where(involved, self.z[rows], np.inf) / np.abs(slope)
+            sense = 1.0 if reach[slope < 0].min(initial=np.inf) <= reach[slope > 0].min(initial=np.inf) else -1.0
+            first = int(np.argmin(np.where(sense * slope < 0, reach, np.inf)))
+            z, active = self.z.copy(), self.active.copy()
+            z[rows] += sense * reach[first] * along
+            active[rows[first]], z[rows[first]] = False, 0.0
+            kkt = Kkt(self.program, P[0], A[0], active)
+            x, z = self.newton(kkt, self.x, z)
+            z[zero:] = z[zero:].clip(min=0)
+            error = self.error(x, z)
+            if not error <= CERTIFIED:
+                return
+            self.x, self.z, self.residual, self.active, self.kkt = x, z, error, active, kkt
 
     def corrected(self, active: np.ndarray, x: np.ndarray, z: np.ndarray, slack: np.ndarray) -> np.ndarray:
         """The next active set (m,): without rows of negative multiplier, with violated rows."""
@@ -224,6 +167,7 @@ def _run(sample: _Sample, warm: Pair | None, limits: Limits) -> _Sample:
         sample.polish(*warm, WARM_ROUNDS)
         if sample.residual <= CERTIFIED:
             sample.claim = int(Status.SOLVED)
+            sample.let_go()
             return sample
     hand_over = HAND_OVER if program.P.nnz else HAND_OVER_LP
     tight = min(limits.tolerance, TIGHT)
@@ -243,6 +187,7 @@ def _run(sample: _Sample, warm: Pair | None, limits: Limits) -> _Sample:
             sample.polish(x, z, ROUNDS)
         if sample.residual <= CERTIFIED:
             break
+    sample.let_go()
     return sample
 
 

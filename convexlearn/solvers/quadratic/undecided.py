@@ -44,25 +44,30 @@ def decide(box: BoxProgram, data: Any, samples: np.ndarray, run: Callable) -> tu
 
 
 def farkas_error(box: BoxProgram, data: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Error of the duals in `rows` as a Farkas certificate relative to its value, and the value, each (k,)."""
+    """Error of the duals in `rows` as a Farkas certificate, and -b'y - h'z + l'lower - u'upper, each (k,).
+
+    Both relative to their terms, as in base.primal_infeasible; the error is divided by the relative value.
+    """
     _, y, z, lower, upper = parts(box, rows)
     pull = np.zeros((len(rows), box.n))
     _add(pull, box.A.cols, data.A * y[:, box.A.rows])
     _add(pull, box.G.cols, data.G * z[:, box.G.rows])
     pull[:, box.lower] -= lower
     pull[:, box.upper] += upper
-    limits = [(data.b, y, 1), (data.h, z, 1), (data.l, lower, -1), (data.u, upper, 1)]
-    value = np.zeros(len(rows))
-    for v, d, sign in limits:
-        value -= sign * (np.where(np.isfinite(v), v, 0.0) * d).sum(1)
-    negative = -np.concatenate([z, lower, upper], 1)
-    return _relative([np.abs(pull), negative], value)
+    limits = [(data.b, y, -1), (data.h, z, -1), (data.l, lower, 1), (data.u, upper, -1)]
+    terms = np.concatenate([sign * np.where(np.isfinite(v), v, 0.0) * d for v, d, sign in limits], 1)
+    weights = [np.abs(y) * _row_sizes(box.A, data.A), z * _row_sizes(box.G, data.G), lower, upper]
+    inequalities = np.concatenate(weights[1:], 1)
+    return _relative([np.abs(pull), -inequalities], np.concatenate([weights[0], inequalities], 1), terms)
 
 
 def ray_error(box: BoxProgram, data: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Error of x in `rows` as a ray of unbounded descent relative to its value, and the value, each (k,)."""
+    """Error of x in `rows` as a ray of unbounded descent, and -(q'x + w'|x|), each (k,).
+
+    Both relative to their terms, as in base.dual_infeasible; the error is divided by the relative value.
+    """
     x = parts(box, rows)[0]
-    value = -(data.q * x).sum(1) - (np.maximum(data.w, 0) * np.abs(x[:, box.absolute])).sum(1)
+    terms = np.concatenate([-data.q * x, -np.maximum(data.w, 0) * np.abs(x[:, box.absolute])], 1)
     Px, Ax, Gx = np.zeros_like(x), np.zeros((len(x), box.A.shape[0])), np.zeros((len(x), box.G.shape[0]))
     off = box.P.rows != box.P.cols
     _add(Px, box.P.rows, data.P * x[:, box.P.cols])
@@ -72,7 +77,8 @@ def ray_error(box: BoxProgram, data: Any, rows: np.ndarray) -> tuple[np.ndarray,
     Gx = np.where(np.isfinite(data.h), Gx, 0.0)
     below = np.where(np.isfinite(data.l), -x[:, box.lower], 0.0)
     above = np.where(np.isfinite(data.u), x[:, box.upper], 0.0)
-    return _relative([np.abs(Px), np.abs(Ax), Gx, below, above], value)
+    Px, Ax = np.abs(Px) / _row_sizes(box.P, data.P, symmetric=True), np.abs(Ax) / _row_sizes(box.A, data.A)
+    return _relative([Px, Ax, Gx / _row_sizes(box.G, data.G), below, above], x, terms)
 
 
 def parts(box: BoxProgram, rows: np.ndarray) -> list[np.ndarray]:
@@ -86,7 +92,17 @@ def _add(out: np.ndarray, columns: Any, values: np.ndarray) -> None:
     np.add.at(out, index, values)  # columns may repeat
 
 
-def _relative(errors: list[np.ndarray], value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _row_sizes(pattern: Any, values: np.ndarray, symmetric: bool = False) -> np.ndarray:
+    """The largest magnitude (k, rows) in every row, 1 for empty rows."""
+    sizes = np.zeros((len(values), pattern.shape[0]))
+    for index in (pattern.rows, pattern.cols) if symmetric else (pattern.rows,):
+        np.maximum.at(sizes, (slice(None), index), np.abs(values))
+    return np.where(sizes > 0, sizes, 1.0)
+
+
+def _relative(errors: list[np.ndarray], weights: np.ndarray, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     worst = np.max([e.max(axis=1, initial=0.0) for e in errors], axis=0)
-    safe = np.where(value > 0, value, 1.0)
-    return np.where((value > 0) & np.isfinite(worst), worst / safe, np.inf), value
+    value, size, largest = terms.sum(1), np.abs(weights).max(1, initial=0.0), np.abs(terms).max(1, initial=0.0)
+    safe = np.where(value > 0, value * size, 1.0)
+    with np.errstate(over="ignore"):
+        return np.where((value > 0) & np.isfinite(worst), worst * largest / safe, np.inf), value
