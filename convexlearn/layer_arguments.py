@@ -117,9 +117,11 @@ def batch_shape(compiled: Compiled, values: list[Tensor]) -> tuple[tuple[int, ..
         leading = tuple(value.shape[:extra])
         batched.append(extra > 0)
         if extra and found and leading != batch:
+            kind = f"Invalid parameter dimensionality for parameter {k}. " if len(leading) != len(batch) else ""
             raise ShapeError(
-                f"Inconsistent batch sizes. Expected all batched parameters to have the same leading dimensions, "
-                f"but parameter '{found[-1]}' has {batch} and parameter '{spec.name}' has {leading}"
+                f"{kind}Inconsistent batch sizes. Expected all batched parameters to have the same leading dimensions, "
+                f"but parameter '{found[-1]}' has {batch} and parameter '{spec.name}' has {leading}; a parameter "
+                f"without any is shared by the batch"
             )
         if extra:
             batch = leading
@@ -175,4 +177,7 @@ def check_finite(specs: Sequence[ParameterSpec], values: Sequence[Tensor]) -> No
         where = found[0].tolist()
         leading = where[: value.dim() - len(spec.shape)]
         element = f" in batch element {leading[0] if len(leading) == 1 else tuple(leading)}" if leading else ""
-        raise DomainError(f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}")
+        raise DomainError(
+            f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}; "
+            "correct the value or leave that sample out"
+        )

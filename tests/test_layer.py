@@ -215,6 +215,8 @@ class TestArguments:
             box(target, low, high.expand(3, 3))
         with pytest.raises(ValueError, match="Inconsistent batch sizes"):
             box(target, low, high.expand(1, 3))
+        with pytest.raises(ValueError, match=r"Invalid parameter dimensionality for parameter 2.*Inconsistent batch"):
+            box(target, low, high.expand(4, 4, 3))
 
     @pytest.mark.parametrize("shape", [(2,), (5, 4)])
     def test_invalid_shape(self, box, shape):
@@ -301,6 +303,14 @@ class TestOptions:
         assert not plain.requires_grad
         with torch.no_grad(), pytest.raises(OptionError, match="unknown option"):
             box(target, low, high, solver_args={"epss": 1e-3})
+
+    @pytest.mark.parametrize("name", ["CLARABEL", "SCS", "MOREAU", "clarabel"])
+    def test_names_of_other_packages_solvers(self, name, caplog):
+        with caplog.at_level(logging.DEBUG):
+            layer = ConvexLayer(*box_problem(), solver=name)
+        assert type(layer.solver) is type(ConvexLayer(*box_problem()).solver)
+        assert name in caplog.text
+        close(layer(*box_values())[0], clip(*box_values()), 1e-12)
 
     def test_solver_that_does_not_fit(self):
         x, t = cp.Variable(3), cp.Parameter(3, name="t")
