@@ -81,7 +81,8 @@ class ConvexLayer(nn.Module):
     returns: variables, dual variables (`constraint.dual_variables[0]`) or affine expressions.
     solver: None, a name in `convexlearn.solvers.SOLVERS`, or a Solver; names of CVXPY's solvers stand
     for None. solver_args: options of the solver. on_failure: "raise", "nan" (NaN rows, zero gradient)
-    or "fallback" (rows of `fallback`, zero gradient). check: compare the compiled problem with CVXPY's own data on one instance.
+    or "fallback" (rows of `fallback`, zero gradient). check: compare the compiled problem with
+    CVXPY's own data on one instance.
 
     Raises CompileError for problems that are not DPP, OptionError for unknown options. Reference:
     Agrawal, Amos, Barratt, Boyd, Diamond, Kolter, Differentiable convex optimization layers (2019).
