@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         description="Decision rules tuned from data: the catalogue of declared problems.",
         epilog="Example: convexlearn tune super-resolution --plot figures --json result.json",
     )
-    top.add_argument("--version", action="version", version=f"convexlearn {version('convexlearn')}")
+    top.add_argument("--version", action="version", version=f"convexlearn {_version()}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="list the problems", description="List the problems.")
@@ -88,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--load", type=Path, metavar="FILE", help="the same, as an option")
     command.set_defaults(run=run_evaluate)
     return top
+
+
+def _version() -> str:
+    return importlib.import_module("convexlearn").__version__
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

@@ -335,6 +335,13 @@ class TestDomains:
         with pytest.raises(DomainError, match="parameter 'high' has a NaN"):
             box(torch.zeros(3), low, high * bad)
 
+    @pytest.mark.parametrize("bad", [0.0, -1e-7])
+    def test_logarithm_of_a_geometric_program(self, bad):
+        x, a = cp.Variable(pos=True), cp.Parameter(pos=True, name="a")
+        layer = ConvexLayer(cp.Problem(cp.Minimize(x), [x >= a]), [a], [x], gp=True)
+        with pytest.raises(DomainError, match=r"'a' of a geometric program must be positive.*batch element 1"):
+            layer(tensor([1.0, bad]))
+
     def test_sign(self):
         layer = reciprocal()
         a = tensor([0.5, -0.25, 1.0])

@@ -166,9 +166,8 @@ def _smallest(node: Any, rule: str, dpp: bool) -> Iterator[Any]:
 def _curved(node: Any) -> Iterator[Any]:
     """Largest subexpressions of parameters alone that are not affine in them."""
     with scopes.dpp_scope():
-        affine = node.is_affine() if isinstance(node, cp.Expression) else False
-    if affine or not node.parameters():
-        return
+        if not node.parameters() or (hasattr(node, "is_affine") and node.is_affine()):
+            return
     if not node.variables() and not isinstance(node, NegExpression | Promote):
         yield node
     else:
