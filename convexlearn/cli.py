@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Misuse(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` defaults to the arguments of the process. Returns the exit code."""
     arguments = parser().parse_args(argv)
+    usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         _share_cores()
         arguments.run(arguments)
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, errors.ConvexLearnError):
             raise
         return _complain(error, MISUSE if isinstance(error, errors.OptionError) else FAILURE)
+    finally:
+        warnings.formatwarning = usual
     return SUCCESS
 
 
@@ -57,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         description="Decision rules tuned from data: the catalogue of declared problems.",
         epilog="Example: convexlearn tune super-resolution --plot figures --json result.json",
     )
+    top.add_argument("--version", action="version", version=f"convexlearn {_version()}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="list the problems", description="List the problems.")
@@ -82,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--load", type=Path, metavar="FILE", help="the same, as an option")
     command.set_defaults(run=run_evaluate)
     return top
+
+
+def _version() -> str:
+    return importlib.import_module("convexlearn").__version__
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -243,6 +252,11 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got '{text}'")
     return number
+
+
+def _warning(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning in one line: the file that it comes from means nothing to who calls a command."""
+    return f"convexlearn: {category.__name__}: {message}\n"
 
 
 def _complain(error: Any, code: int) -> int:

@@ -68,6 +68,7 @@ class Descent:
     good: dict[str, Tensor] | None = None  # weights with finite loss and gradient
     current: dict[str, Tensor] | None = None  # weights after the last complete step
     next_save: float = 0.0
+    settled: bool = False  # nothing of the state is half updated
 
     def run(self, steps: int, progress: bool) -> History:
         modes = {part: part.training for part in self.rule.modules()}
@@ -81,14 +82,19 @@ class Descent:
                     bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
                     bar.update()
             self.save()
+            self.settled = False
             self.finish()
         except KeyboardInterrupt:
             self.history.stopped, fallback = f"interrupted after step {self.step}", self.current
+            if self.settled:
+                self.save()
         except _NotFinite as problem:
             fallback = self.good or self.current
             self.stop(str(problem))
         except BaseException:
             fallback = self.current
+            if self.settled:
+                self.save()
             raise
         finally:
             self.restore(self.best or fallback)
@@ -105,12 +111,13 @@ class Descent:
                 self.history.start = self.validate()
                 self.consider(self.history.start, "validation")
             self.save()
-            return
-        self.restore(content["rule"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.history = History.from_dict(content["history"])
-        self.step, self.stale, self.best = content["step"], content["stale"], content["best"]
-        self.current = self.snapshot()
+        else:
+            self.restore(content["rule"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.history = History.from_dict(content["history"])
+            self.step, self.stale, self.best = content["step"], content["stale"], content["best"]
+            self.current = self.snapshot()
+        self.settled = True
 
     def advance(self) -> dict[str, Any]:
         """One gradient step; one validation when due."""
@@ -130,6 +137,7 @@ class Descent:
             self.consider(record["validation"], "validation")
         if self.patience is not None and self.stale >= self.patience:
             self.history.stopped = f"no improvement in {self.stale} validations, after step {self.step}"
+        self.settled = True
         if self.callback is not None and self.callback(record) is True and not self.history.stopped:
             self.history.stopped = f"stopped by the callback after step {self.step}"
         if time.monotonic() >= self.next_save:
@@ -171,6 +179,7 @@ class Descent:
                 gradient.mul_(self.clip / norm)
         record = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "failures": failures}
         records.append(record)
+        self.settled = False  # the optimizer moves on
         return loss.detach()
 
     def loss(self) -> tuple[Tensor, int]:

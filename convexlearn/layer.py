@@ -79,9 +79,10 @@ class ConvexLayer(nn.Module):
     problem: a DPP `cvxpy.Problem` (parametric `quad_form(x, P)` in the objective is fine).
     parameters: its parameters, in the order of the arguments of forward. variables: what forward
     returns: variables, dual variables (`constraint.dual_variables[0]`) or affine expressions.
-    solver: None, a name in `convexlearn.solvers.SOLVERS`, or a Solver. solver_args: options of the
-    solver. on_failure: "raise", "nan" (NaN rows, zero gradient) or "fallback" (rows of `fallback`,
-    zero gradient). check: compare the compiled problem with CVXPY's own data on one instance.
+    solver: None, a name in `convexlearn.solvers.SOLVERS`, or a Solver; names of CVXPY's solvers stand
+    for None. solver_args: options of the solver. on_failure: "raise", "nan" (NaN rows, zero gradient)
+    or "fallback" (rows of `fallback`, zero gradient). check: compare the compiled problem with
+    CVXPY's own data on one instance.
 
     Raises CompileError for problems that are not DPP, OptionError for unknown options. Reference:
     Agrawal, Amos, Barratt, Boyd, Diamond, Kolter, Differentiable convex optimization layers (2019).
@@ -287,7 +288,7 @@ def _compile(
     declaration: Declaration, solver: str | Solver | None, gp: bool, canon_backend: str | None
 ) -> tuple[Compiled, Solver]:
     """Compile with a quadratic objective, or again without one where the chosen solver takes none."""
-    chosen = find(solver) if solver is not None else None
+    chosen = find(solver)
     native = chosen is None or chosen.native_objective
     compiled = compile_problem(declaration, gp=gp, native_objective=native, canon_backend=canon_backend)
     chosen = choose(compiled.program) if chosen is None else chosen

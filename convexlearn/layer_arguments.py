@@ -1,7 +1,8 @@
 """Arguments of a layer: options, tensors, batch shapes, each checked and named in errors."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from typing import Any
@@ -117,9 +118,11 @@ def batch_shape(compiled: Compiled, values: list[Tensor]) -> tuple[tuple[int, ..
         leading = tuple(value.shape[:extra])
         batched.append(extra > 0)
         if extra and found and leading != batch:
+            kind = f"Invalid parameter dimensionality for parameter {k}. " if len(leading) != len(batch) else ""
             raise ShapeError(
-                f"Inconsistent batch sizes. Expected all batched parameters to have the same leading dimensions, "
-                f"but parameter '{found[-1]}' has {batch} and parameter '{spec.name}' has {leading}"
+                f"{kind}Inconsistent batch sizes. Expected all batched parameters to have the same leading dimensions, "
+                f"but parameter '{found[-1]}' has {batch} and parameter '{spec.name}' has {leading}; a parameter "
+                f"without any is shared by the batch"
             )
         if extra:
             batch = leading
@@ -166,13 +169,22 @@ def failure_text(failed: Tensor, status: Tensor, shape: tuple[int, ...], most: i
     )
 
 
-def check_finite(specs: Sequence[ParameterSpec], values: Sequence[Tensor]) -> None:
-    """Raise DomainError, naming parameter and batch element, for the first NaN or infinite entry."""
-    for spec, value in zip(specs, values):
-        found = torch.nonzero(~torch.isfinite(value))
+def check_finite(specs: Sequence[ParameterSpec], values: Sequence[Tensor], logs: Collection[int] = ()) -> None:
+    """Raise DomainError, naming parameter and batch element, for the first NaN, infinite or (in `logs`) zero entry."""
+    for k, (spec, value) in enumerate(zip(specs, values)):
+        found = torch.nonzero(~torch.isfinite(value.log() if k in logs else value))
         if not len(found):
             continue
         where = found[0].tolist()
         leading = where[: value.dim() - len(spec.shape)]
         element = f" in batch element {leading[0] if len(leading) == 1 else tuple(leading)}" if leading else ""
-        raise DomainError(f"parameter '{spec.name}' has a NaN or infinite entry {value[tuple(where)].item()}{element}")
+        entry = value[tuple(where)].item()
+        if k in logs and math.isfinite(entry):
+            raise DomainError(
+                f"parameter '{spec.name}' of a geometric program must be positive, but has the entry {entry:.6g}"
+                f"{element}"
+            )
+        raise DomainError(
+            f"parameter '{spec.name}' has a NaN or infinite entry {entry}{element}; "
+            "correct the value or leave that sample out"
+        )

@@ -80,11 +80,11 @@ class Plan:
         )
 
     def data(self, params: Sequence[Tensor]) -> ProgramData:
-        """The program's data; DomainError for a NaN or infinite entry."""
+        """The program's data; DomainError for an entry that is NaN, infinite, or without the logarithm it needs."""
         if not self.host:
             features = self.features(params)
             if not all(bool(torch.isfinite(f).all()) for f in features):
-                check_finite(self.node.compiled.parameters, params)
+                self.explain(params)
             return self.map(*features, self.size)
         theta, features = np.empty(self.widths[0] + 1), np.empty((self.size, self.widths[1]))
         theta[-1] = 1.0
@@ -96,10 +96,16 @@ class Plan:
                 theta[p.start : p.stop] = value.reshape(-1)
             if p.log:
                 part = features[:, p.start : p.stop] if p.batched else theta[p.start : p.stop]
-                np.log(part, out=part)
+                with np.errstate(divide="ignore", invalid="ignore"):  # explained below
+                    np.log(part, out=part)
         if not (_all_finite(theta) and _all_finite(features)):
-            check_finite(self.node.compiled.parameters, params)
+            self.explain(params)
         return self.map.on_host(theta, features, self.size)
+
+    def explain(self, params: Sequence[Tensor]) -> None:
+        """DomainError that names the first entry that makes a feature NaN or infinite, if there is one."""
+        logs = {p.index for p in self.pieces if p.log}
+        check_finite(self.node.compiled.parameters, params, logs)
 
     def features(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shared features and a final 1 (1, k + 1), and batched features (B, l), float64, in torch operations."""

@@ -118,6 +118,8 @@ class ProblemEntry:
             if contender.fit is not None:
                 announce(f"fitting: {name}")
                 traces[name] = contender.fit(contender.rule, budget)
+                if str(getattr(traces[name], "stopped", "")).startswith("interrupted"):
+                    raise KeyboardInterrupt  # `tune` ends quietly, but the rules after this one are not wanted either
         announce("evaluating")
         return judge(self, study, seed, {n: t for n, t in traces.items() if t is not None})
 

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
+import convexlearn
+from convexlearn import descent as descent_module
 from convexlearn.cli import main
+from convexlearn.errors import FailureWarning
 from convexlearn.problems import entries
 
 SMALL = ["--set", "unknowns=12", "--set", "measurements=6", "--quiet"]
@@ -147,6 +151,36 @@ def test_a_missing_matplotlib_is_noticed_before_the_run(monkeypatch, tmp_path, c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["tune", "sparse-recovery", "--plot", str(tmp_path / "figures")]) == 1
     assert "pip install 'convexlearn[plot]'" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_command(monkeypatch, capsys):
+    def interrupt(descent):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(descent_module.Descent, "advance", interrupt)
+    assert main(["tune", "sparse-recovery", *SMALL[:-1]]) == 130
+    err = capsys.readouterr().err
+    assert err.rstrip().endswith("convexlearn: interrupted")
+    assert "fitting: tuned rho" in err
+    assert "fitting: oracle rho" not in err
+
+
+def test_warnings_are_one_line(monkeypatch, capsys):
+    def show(arguments):
+        print(warnings.formatwarning("something to know", FailureWarning, "file.py", 1), end="")
+
+    usual = warnings.formatwarning
+    monkeypatch.setattr("convexlearn.cli.run_list", show)
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == "convexlearn: FailureWarning: something to know\n"
+    assert warnings.formatwarning is usual
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--version"])
+    assert error.value.code == 0
+    assert capsys.readouterr().out == f"convexlearn {convexlearn.__version__}\n"
 
 
 def test_python_dash_m():

@@ -365,6 +365,48 @@ class TestErrors:
         with pytest.raises(CompileError, match=r"a.*compute it in torch"):
             self.layer(cp.Minimize(cp.exp(a) * cp.norm1(x)))
 
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda x, a, p, S: cp.sum_squares(x - cp.pos(p)), r"subexpression maximum\(p, 0.0\) is not affine"),
+            (lambda x, a, p, S: cp.exp(p) @ x, r"parameter for the value of exp\(p\) itself"),
+            (lambda x, a, p, S: cp.sum(x / a**2), r"reciprocal of \w+\(a, 2.0\)"),
+            (lambda x, a, p, S: cp.sum(x / a), r"reciprocal of a and"),
+            (
+                lambda x, a, p, S: cp.quad_form(x + p, S @ S, assume_PSD=True),
+                r"one parameter for the product of S and S",
+            ),
+        ],
+    )
+    def test_names_the_part_that_parameters_enter_wrongly(self, make, message):
+        x, a, p = cp.Variable(2, name="x"), cp.Parameter(pos=True, name="a"), cp.Parameter(2, name="p")
+        S = cp.Parameter((2, 2), symmetric=True, name="S")
+        with pytest.raises(CompileError, match=message):
+            self.layer(cp.Minimize(make(x, a, p, S) + cp.sum_squares(x)))
+
+    def test_quad_form_of_a_shifted_variable(self):
+        x, p, P = cp.Variable(2, name="x"), cp.Parameter(2, name="p"), cp.Parameter((2, 2), PSD=True, name="P")
+        with pytest.raises(CompileError, match=r"add the constraint y == x \+ p"):
+            self.layer(cp.Minimize(cp.quad_form(x + p, P)))
+        y = cp.Variable(2)
+        self.layer(cp.Minimize(cp.quad_form(y, P)), [y == x + p])
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda x, p, S: (cp.quad_form(x, S), []), r"declare the parameters of S with PSD=True"),
+            (lambda x, p, S: (p[0] * cp.norm1(x), []), r"declare the parameters of p\[0\] with nonneg=True"),
+            (lambda x, p, S: (x[0] * x[1], []), "fix one factor"),
+            (lambda x, p, S: (cp.sum(x), [cp.sum_squares(x) == 1]), "sides of an equality must be affine"),
+            (lambda x, p, S: (cp.sum(x), [cp.sum_squares(x) >= 1]), "bound convex ones above"),
+        ],
+    )
+    def test_not_convex_proposes_a_remedy(self, make, message):
+        x, p = cp.Variable(2, name="x"), cp.Parameter(2, name="p")
+        objective, constraints = make(x, p, cp.Parameter((2, 2), symmetric=True, name="S"))
+        with pytest.raises(CompileError, match=f"not even DCP.*{message}"):
+            self.layer(cp.Minimize(objective + p @ x), constraints)
+
     def test_not_convex(self):
         x, t = cp.Variable(2, name="x"), cp.Parameter(2, name="t")
         with pytest.raises(CompileError, match=r"not even DCP: the subexpression.*sqrt|not even DCP.*x"):

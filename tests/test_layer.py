@@ -215,6 +215,8 @@ class TestArguments:
             box(target, low, high.expand(3, 3))
         with pytest.raises(ValueError, match="Inconsistent batch sizes"):
             box(target, low, high.expand(1, 3))
+        with pytest.raises(ValueError, match=r"Invalid parameter dimensionality for parameter 2.*Inconsistent batch"):
+            box(target, low, high.expand(4, 4, 3))
 
     @pytest.mark.parametrize("shape", [(2,), (5, 4)])
     def test_invalid_shape(self, box, shape):
@@ -302,6 +304,14 @@ class TestOptions:
         with torch.no_grad(), pytest.raises(OptionError, match="unknown option"):
             box(target, low, high, solver_args={"epss": 1e-3})
 
+    @pytest.mark.parametrize("name", ["CLARABEL", "SCS", "MOREAU", "clarabel"])
+    def test_names_of_other_packages_solvers(self, name, caplog):
+        with caplog.at_level(logging.DEBUG):
+            layer = ConvexLayer(*box_problem(), solver=name)
+        assert type(layer.solver) is type(ConvexLayer(*box_problem()).solver)
+        assert name in caplog.text
+        close(layer(*box_values())[0], clip(*box_values()), 1e-12)
+
     def test_solver_that_does_not_fit(self):
         x, t = cp.Variable(3), cp.Parameter(3, name="t")
         with pytest.raises(OptionError, match=r"'dense' does not take this problem.*leave solver=None"):
@@ -324,6 +334,13 @@ class TestDomains:
             box(target, low, high)
         with pytest.raises(DomainError, match="parameter 'high' has a NaN"):
             box(torch.zeros(3), low, high * bad)
+
+    @pytest.mark.parametrize("bad", [0.0, -1e-7])
+    def test_logarithm_of_a_geometric_program(self, bad):
+        x, a = cp.Variable(pos=True), cp.Parameter(pos=True, name="a")
+        layer = ConvexLayer(cp.Problem(cp.Minimize(x), [x >= a]), [a], [x], gp=True)
+        with pytest.raises(DomainError, match=r"'a' of a geometric program must be positive.*batch element 1"):
+            layer(tensor([1.0, bad]))
 
     def test_sign(self):
         layer = reciprocal()

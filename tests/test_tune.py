@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 
@@ -315,6 +316,38 @@ def test_interrupt_keeps_the_best_weights():
     assert history.stopped == "interrupted after step 4"
     assert len(history) == 4
     assert torch.equal(rule.W, reference.W)  # the last loss known is that after three steps
+
+
+@pytest.mark.parametrize("options", [{}, {"validation": VALID, "batch_size": 7}])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.LBFGS])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_interrupt_in_the_middle_of_a_step_loses_no_complete_step(error, optimizer, options, tmp_path):
+    """The checkpoint holds the last complete step, and a resumed run equals one without interruption."""
+    calls = []
+
+    def objective(trajectory):
+        if trajectory.decision.requires_grad:
+            calls.append(None)
+            if len(calls) == stop_at:
+                raise error
+        return squared_error(trajectory)
+
+    def call(rule, checkpoint=None):
+        calls.clear()
+        common = {"steps": 8, "learning_rate": 0.1, "optimizer": optimizer, "progress": False}
+        return tune(rule, PAIRS, objective, **common, checkpoint=checkpoint, **options)
+
+    stop_at, whole, path = 0, affine(), tmp_path / "run.pt"
+    expected, asked = call(whole), len(calls)
+    stop_at = round(0.7 * asked)
+    broken, resumed = affine(), affine()
+    with contextlib.suppress(ZeroDivisionError):
+        call(broken, path)
+    if optimizer is None:  # LBFGS was stopped in the middle of its search: an earlier checkpoint is left
+        assert torch.load(path, weights_only=True)["step"] == stop_at - 1
+    stop_at = 0
+    assert list(call(resumed, path)) == list(expected)
+    assert torch.equal(resumed.W, whole.W)
 
 
 def test_callback_sees_records_and_stops():

@@ -10,7 +10,10 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 from cvxpy.atoms.affine.binary_operators import DivExpression, MulExpression, multiply
+from cvxpy.atoms.affine.promote import Promote
+from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.quad_form import QuadForm
+from cvxpy.constraints import Equality, Inequality
 from cvxpy.utilities import scopes
 
 from convexlearn.errors import CompileError
@@ -133,14 +136,16 @@ def require_dpp(problem: Any, gp: bool, native_objective: bool) -> None:
 def _explain(problem: cp.Problem, rule: str) -> str:
     if not getattr(problem, rule)():
         culprit = next(_culprits(problem, rule, dpp=False), problem)
-        return f"It is not even {rule[3:].upper()}: the subexpression {_text(culprit)} breaks the rules of convexity."
+        kind = rule[3:].upper()
+        return f"It is not even {kind}: the subexpression {_text(culprit)} breaks its rules; {_remedy(culprit, kind)}"
     culprit = next(_culprits(problem, rule, dpp=True), None)
     if culprit is None:
         return (
             "A parametric quad_form needs a solver that takes a quadratic objective; rewrite "
             "quad_form(x, P) as sum_squares(P_sqrt @ x) with a parameter P_sqrt."
         )
-    return f"The subexpression {_text(culprit)} is not affine in the parameters; {_rewrite(culprit)}"
+    inner = culprit if isinstance(culprit, DivExpression) else next(_curved(culprit), culprit)
+    return f"The subexpression {_text(inner)} is not affine in the parameters; {_rewrite(inner)}"
 
 
 def _culprits(problem: cp.Problem, rule: str, dpp: bool) -> Iterator[Any]:
@@ -158,14 +163,50 @@ def _smallest(node: Any, rule: str, dpp: bool) -> Iterator[Any]:
             yield arg
 
 
+def _curved(node: Any) -> Iterator[Any]:
+    """Largest subexpressions of parameters alone that are not affine in them."""
+    with scopes.dpp_scope():
+        if not node.parameters() or (hasattr(node, "is_affine") and node.is_affine()):
+            return
+    if not node.variables() and not isinstance(node, NegExpression | Promote):
+        yield node
+    else:
+        for arg in node.args:
+            yield from _curved(arg)
+
+
+def _remedy(node: Any, kind: str) -> str:
+    """What makes a subexpression DCP where that can be told from its form."""
+    if kind == "DCP" and isinstance(node, QuadForm) and node.args[1].parameters():
+        return f"declare the parameters of {_text(node.args[1])} with PSD=True (NSD=True when it is maximized)."
+    if kind == "DCP" and isinstance(node, MulExpression | multiply):
+        weight = next((a for a in node.args if a.parameters() and not a.variables()), None)
+        if weight is not None:
+            return (
+                f"declare the parameters of {_text(weight)} with nonneg=True (or nonpos=True): its sign must be known."
+            )
+        return "a product of two expressions of variables is not convex; fix one factor, or make it a parameter."
+    if kind == "DCP" and isinstance(node, Equality):
+        return "both sides of an equality must be affine in the variables; write an inequality, or linearise."
+    if kind == "DCP" and isinstance(node, cp.Minimize | cp.Maximize | Inequality):
+        return "minimize convex and maximize concave functions; bound convex ones above and concave ones below."
+    return "rewrite it with atoms whose curvature CVXPY knows."
+
+
 def _rewrite(node: Any) -> str:
     """The usual rewrite of a subexpression that is DCP but not DPP."""
     parametric = [a for a in node.args if a.parameters()]
     feature = "compute it in torch and pass it in (ConvexRule: features=)"
+    if isinstance(node, QuadForm) and node.args[0].parameters():
+        return (
+            f"declare a variable y, add the constraint y == {_text(node.args[0])}, and write y instead of "
+            f"{_text(node.args[0])}."
+        )
     if isinstance(node, QuadForm):
         return "write sum_squares(P_sqrt @ x) with a parameter P_sqrt instead of quad_form(x, P)."
     if isinstance(node, DivExpression):
-        return f"declare a parameter for the reciprocal of {_text(node.args[1])} and multiply by it; {feature}."
+        divisor = node.args[1].args[0] if isinstance(node.args[1], Promote) else node.args[1]
+        return f"declare a parameter for the reciprocal of {_text(divisor)} and multiply by it; {feature}."
     if isinstance(node, MulExpression | multiply) and len(parametric) == 2:
         if any(a.variables() for a in parametric):
             return (

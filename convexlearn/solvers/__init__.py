@@ -1,5 +1,7 @@
 """The table of solvers, and which one a program gets."""
 
+import logging
+
 from convexlearn.errors import OptionError, suggest
 from convexlearn.program.program import Program
 from convexlearn.solvers.base import Options, Solver
@@ -7,13 +9,23 @@ from convexlearn.solvers.diffcp import Diffcp
 from convexlearn.solvers.quadratic.dense import Dense
 from convexlearn.solvers.quadratic.solver import Quadratic
 
+logger = logging.getLogger(__name__)
+
 SOLVERS: dict[str, type[Solver]] = {Quadratic.name: Quadratic, Dense.name: Dense, Diffcp.name: Diffcp}
 
-__all__ = ["SOLVERS", "Options", "Solver", "choose", "find"]
+PEERS = ("CLARABEL", "CUCLARABEL", "CUOPT", "DIFFQCP", "ECOS", "MOREAU", "MPAX", "OSQP", "SCS")
+"""Solvers of CVXPY and cvxpylayers whose names are accepted and stand for our own choice."""
+
+__all__ = ["PEERS", "SOLVERS", "Options", "Solver", "choose", "find"]
 
 
-def find(solver: str | Solver) -> Solver:
-    """The solver of a name (any case), or the Solver itself; OptionError lists the names."""
+def find(solver: str | Solver | None) -> Solver | None:
+    """The solver of a name (any case), or the Solver itself; None for our own choice; OptionError lists the names."""
+    if solver is None:
+        return None
+    if isinstance(solver, str) and solver.upper() in PEERS:
+        logger.debug("solver '%s' of another package is not used; convexlearn chooses", solver)
+        return None
     if not isinstance(solver, str):
         if not isinstance(solver, Solver):
             raise OptionError(f"solver must be a name or a Solver, got {solver!r}; names: {', '.join(SOLVERS)}")
