@@ -15,7 +15,7 @@ LONGEST = 400
 
 # A file imports only from files above it in this list; files on one line may import each other, without circles.
 ORDER = """
-errors failures randomness parallel checkpoint history
+errors failures randomness parallel checkpoint history optimizers
 domains
 program.program
 program.declaration
@@ -39,7 +39,7 @@ layer
 diagnose
 prox
 splitting
-riccati
+riccati block_tridiagonal
 networks
 iterations.*
 adjoints
