@@ -111,7 +111,7 @@ def cost(trajectory: Trajectory) -> Tensor:
             "objective 'cost' needs trajectory.cost, but this simulator records none; use a simulator with "
             "a stage cost, or an objective that compares decisions with targets"
         )
-    return trajectory.cost.reshape(len(trajectory), -1).mean(-1)
+    return trajectory.cost.flatten(1).mean(-1) if trajectory.cost.ndim > 1 else trajectory.cost
 
 
 def maximizes(objective: Any) -> bool:

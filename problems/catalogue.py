@@ -3,7 +3,7 @@
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import ModuleType
@@ -51,7 +51,10 @@ class Study:
 
     problem: the CVXPY problem, for display. contenders: by name, in the order of the table and of their
     fitting. test: the simulator, unseen by `fit` unless a contender is an oracle. measures: objectives by
-    name. bounds: by measure, what no rule can beat on average, where that is known.
+    name. bounds: by measure, what no rule can beat on average, where that is known. samples: number of
+    trajectories to judge on, where `test` has no length. medians: names of measures summed up by their
+    median instead of their mean. shifted: further measures by name, each a simulator of its own and an
+    objective, such as the cost on a plant that differs from the model.
     """
 
     problem: cp.Problem
@@ -59,6 +62,9 @@ class Study:
     test: Any
     measures: Mapping[str, Objective]
     bounds: Mapping[str, float] = field(default_factory=dict)
+    samples: int | None = None
+    medians: Sequence[str] = ()
+    shifted: Mapping[str, tuple[Any, Objective]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class ProblemEntry:
 
     source: Example or equation of the paper. shapes: of context, decision and parameters, with units.
     setting: frozen dataclass of the problem's own options at their defaults. build: (seed, setting) ->
-    Study. figures: (result) -> {file name without suffix: Axes}.
+    Study. figures: (result) -> {file name without suffix: Axes}. tables: (result) -> {title: text}, printed
+    after the table of the rules.
     """
 
     name: str
@@ -86,6 +93,7 @@ class ProblemEntry:
     setting: Any
     build: Callable[[int, Any], Study]
     figures: Callable[["Result"], dict[str, Any]]
+    tables: Callable[["Result"], dict[str, str]] = lambda result: {}
 
     def configure(self, **changes: Any) -> Any:
         """The setting with some options replaced; an unknown name is an OptionError.
@@ -166,8 +174,13 @@ def judge(entry: ProblemEntry, study: Study, seed: int, traces: Mapping[str, Any
     """Evaluate every contender of a study by all measures, each on one and the same simulation."""
     records = []
     for name, contender in study.contenders.items():
-        results = evaluate(contender.rule, study.test, dict(study.measures), seed=seed)
-        estimates = {m: Estimate(e.mean, e.standard_error) for m, e in results.items()}
+        results = evaluate(contender.rule, study.test, dict(study.measures), samples=study.samples, seed=seed)
+        for measure, (simulator, objective) in study.shifted.items():
+            results[measure] = evaluate(contender.rule, simulator, objective, samples=study.samples, seed=seed)
+        estimates = {
+            m: Estimate(e.median, e.median_error) if m in study.medians else Estimate(e.mean, e.standard_error)
+            for m, e in results.items()
+        }
         counts = {role.value: n for role, n in count_parameters(contender.rule).items()}
         seconds = next(iter(results.values())).seconds_per_decision
         records.append(Record(name, estimates, counts, seconds))

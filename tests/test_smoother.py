@@ -140,7 +140,9 @@ def test_proximal_gradient_lowers_the_error_on_hidden_entries():
     hidden, test = lot < 0.2, lot > 0.8
     x = torch.where(hidden | test, NAN, y)
     pairs = {name: Pairs(x, torch.where(mask, y, NAN)) for name, mask in (("fit", hidden), ("test", test))}
-    rule = KalmanSmoother(0.3 * np.eye(n), C, np.eye(n), 5 * np.eye(p), covariance=9 * np.eye(n), decision="observation")
+    rule = KalmanSmoother(
+        0.3 * np.eye(n), C, np.eye(n), 5 * np.eye(p), covariance=9 * np.eye(n), decision="observation"
+    )
     start = rule.A.detach().clone()
     near = ProximalTerm(
         lambda M: 1e-3 * (M - start).square().sum(), lambda M, t: (M + 2e-3 * t * start) / (1 + 2e-3 * t)
