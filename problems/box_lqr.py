@@ -109,8 +109,9 @@ def build(seed: int, setting: Setting) -> Study:
             fits["network"],
         ),
     }
-    shifted = {"mismatched": (other, cost)}
-    return Study(tuned.problem(), contenders, train, {"cost": cost}, samples=setting.rollouts, shifted=shifted)
+    measures = {"cost": cost, "mismatched": cost}
+    problem, shifted = tuned.problem(), {"mismatched": other}
+    return Study(problem, contenders, train, measures, samples=setting.rollouts, simulators=shifted)
 
 
 def misses(result: Result) -> list[str]:
@@ -119,10 +120,8 @@ def misses(result: Result) -> list[str]:
     tuned, missed = costs["tuned ADP"], []
     if abs(tuned.mean - 13.06) > 0.04 + 3 * tuned.standard_error:
         missed.append(f"tuned ADP costs {tuned.text(4)}, not 13.06 ± 0.04")
-    for name in ("clipped LQR", "untuned ADP", "tree"):
-        if costs[name].mean <= tuned.mean:
-            missed.append(f"{name} costs {costs[name].text(4)}, no more than tuned ADP's {tuned.text(4)}")
-    return missed
+    others = [name for name in ("clipped LQR", "untuned ADP", "tree") if costs[name].mean <= tuned.mean]
+    return missed + [f"{name} costs {costs[name].text(4)}, no more than {tuned.text(4)}" for name in others]
 
 
 def figures(result: Result) -> dict[str, Any]:

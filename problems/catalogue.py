@@ -13,10 +13,11 @@ import cvxpy as cp
 from torch import Tensor, nn
 
 from convexlearn.errors import OptionError, suggest
-from convexlearn.evaluate import evaluate
+from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.objectives import Objective
 from convexlearn.report import Estimate, Record, to_json
 from convexlearn.rules.parameters import count_parameters
+from convexlearn.simulate.base import FiniteSimulator
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ class Study:
     fitting. test: the simulator, unseen by `fit` unless a contender is an oracle. measures: objectives by
     name. bounds: by measure, what no rule can beat on average, where that is known. samples: number of
     trajectories to judge on, where `test` has no length. medians: names of measures summed up by their
-    median instead of their mean. shifted: further measures by name, each a simulator of its own and an
-    objective, such as the cost on a plant that differs from the model.
+    median instead of their mean. simulators: by measure, another simulator than `test` to judge it in.
     """
 
     problem: cp.Problem
@@ -64,7 +64,7 @@ class Study:
     bounds: Mapping[str, float] = field(default_factory=dict)
     samples: int | None = None
     medians: Sequence[str] = ()
-    shifted: Mapping[str, tuple[Any, Objective]] = field(default_factory=dict)
+    simulators: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,27 @@ class Result:
 
 
 def judge(entry: ProblemEntry, study: Study, seed: int, traces: Mapping[str, Any]) -> Result:
-    """Evaluate every contender of a study by all measures, each on one and the same simulation."""
+    """Evaluate every contender of a study by all measures, those of one simulator on one and the same simulation."""
     records = []
     for name, contender in study.contenders.items():
-        results = evaluate(contender.rule, study.test, dict(study.measures), samples=study.samples, seed=seed)
-        for measure, (simulator, objective) in study.shifted.items():
-            results[measure] = evaluate(contender.rule, simulator, objective, samples=study.samples, seed=seed)
+        results = _measured(study, contender.rule, seed)
         estimates = {
             m: Estimate(e.median, e.median_error) if m in study.medians else Estimate(e.mean, e.standard_error)
             for m, e in results.items()
         }
         counts = {role.value: n for role, n in count_parameters(contender.rule).items()}
-        seconds = next(iter(results.values())).seconds_per_decision
-        records.append(Record(name, estimates, counts, seconds))
+        records.append(Record(name, estimates, counts, next(iter(results.values())).seconds_per_decision))
     return Result(entry, study, seed, tuple(records), traces)
+
+
+def _measured(study: Study, rule: nn.Module, seed: int) -> dict[str, Evaluation]:
+    """Evaluations by measure, in the order of the measures."""
+    results: dict[str, Evaluation] = {}
+    own = {m: f for m, f in study.measures.items() if m not in study.simulators}
+    for simulator, measures in [(study.test, own), *((s, {m: study.measures[m]}) for m, s in study.simulators.items())]:
+        samples = None if isinstance(simulator, FiniteSimulator) else study.samples
+        results |= evaluate(rule, simulator, measures, samples=samples, seed=seed) if measures else {}
+    return {m: results[m] for m in study.measures}
 
 
 def load(study: Study, state: Mapping[str, Mapping[str, Tensor]]) -> None:

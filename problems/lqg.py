@@ -127,10 +127,10 @@ def build(seed: int, setting: Setting) -> Study:
         declare(setting),
         contenders,
         train,
-        {"cost": cost},
+        {"cost": cost, "mismatched": cost},
         bounds={"cost": optimum(setting)},
         samples=setting.rollouts,
-        shifted={"mismatched": (other, cost)},
+        simulators={"mismatched": other},
     )
 
 

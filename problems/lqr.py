@@ -92,10 +92,10 @@ def build(seed: int, setting: Setting) -> Study:
         tuned.problem(),
         contenders,
         train,
-        {"cost": cost},
+        {"cost": cost, "mismatched": cost},
         bounds={"cost": optimum(setting.instance, setting.horizon)},
         samples=setting.rollouts,
-        shifted={"mismatched": (other, cost)},
+        simulators={"mismatched": other},
     )
 
 

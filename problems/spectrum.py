@@ -1,5 +1,6 @@
 """The spectrum of rules on one control problem: fits that count rollouts, a plant that differs, tables and figures."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,8 +94,7 @@ def descend(
     """
 
     def fit(rule: Any, budget: Budget) -> Curve:
-        total = budget.limit(steps)
-        curve = Curve([], [])
+        total, curve = budget.limit(steps), Curve([], [])
         factor = 0.5 ** (halvings / total)
 
         def watch(record: dict[str, Any]) -> None:

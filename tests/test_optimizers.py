@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import cvxpy as cp
 import pytest
@@ -44,9 +45,9 @@ def test_loss_and_penalty_never_increase_and_steps_adapt():
         optimizer.step(closure)
         values.append(closure().item() + optimizer.penalty())
         scales.append(optimizer.param_groups[0]["scale"])
-    assert all(b <= a for a, b in zip(values, values[1:]))
+    assert all(b <= a for a, b in pairwise(values))
     assert scales[0] == 0.5
-    ratios = {round(b / a, 12) for a, b in zip(scales, scales[1:])}
+    ratios = {round(b / a, 12) for a, b in pairwise(scales)}
     assert ratios == {0.5, 1.5}
 
 

@@ -204,5 +204,5 @@ def test_mistakes_are_named():
         mpc(1.5 * EYE, 0 * B, EYE, SMALL, 2)
     with pytest.raises(DomainError, match="Q must be positive semidefinite"):
         mpc(A, B, -EYE, SMALL, 2)
-    with pytest.raises(DomainError, match="parameter 'x' .*NaN"):
+    with pytest.raises(DomainError, match=r"parameter 'x' .*NaN"):
         mpc(A, B, EYE, SMALL, 2)(X * torch.nan)

@@ -100,7 +100,8 @@ def mpc(
         given["terminal"] = dare(*(_tensor(given[name]) for name in ("A", "B", "Q", "R"))).numpy()
     terms = _Terms("mpc", given, learn)
     x, u, z = cp.Parameter(n, name="x"), cp.Variable((horizon, m), name="u"), cp.Variable((horizon + 1, n), name="z")
-    context, declared, drift = [x], [z[0] == x], 0
+    context, drift = [x], 0
+    declared: list[Any] = [z[0] == x]
     if forecast is not None:
         d = cp.Parameter((horizon, _columns("forecast", forecast)), name="d")
         ahead = cp.Variable(d.shape, name="ahead")  # DPP forbids a product of two parameters

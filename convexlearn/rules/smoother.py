@@ -28,8 +28,8 @@ class KalmanSmoother(DecisionRule):
     what its neighbours say.
 
     The optimality conditions are block tridiagonal; one factorization gives the states and their gradient,
-    and serves the whole batch where the same entries are missing. Fit it with `tune` and `ProximalGradient`, as Barratt and Boyd do (Fitting
-    a Kalman smoother to data, 2020; there V and W are called W and V).
+    and serves the whole batch where the same entries are missing. Fit it with `tune` and `ProximalGradient`,
+    as Barratt and Boyd do (Fitting a Kalman smoother to data, 2020; there V and W are called W and V).
 
     >>> one = torch.ones(1, 1)
     >>> KalmanSmoother(one, one, one, one)(torch.tensor([[[0.0], [torch.nan], [3.0]]])).flatten().detach()
