@@ -30,7 +30,7 @@ class Setting:
     """
 
     horizon: int = 100
-    rollouts: int = 500
+    rollouts: int = 256
     mismatch: float = 0.1
     instance: int = 1
     plan: int = 3

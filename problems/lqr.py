@@ -32,7 +32,7 @@ class Setting:
     """
 
     horizon: int = 100
-    rollouts: int = 500
+    rollouts: int = 256
     mismatch: float = 0.1
     instance: int = 0
 

@@ -19,7 +19,7 @@ from convexlearn.simulate.closed_loop import ClosedLoop
 from convexlearn.simulate.plants import LinearGaussian
 from convexlearn.tune import tune
 
-WATCHED = 256
+WATCHED = 128
 """Rollouts on which the cost is judged while a rule is fitted; the same ones for all rules and steps."""
 
 CLOSE = 0.01
@@ -111,9 +111,7 @@ def descend(
             train,
             cost,
             steps=total,
-            learning_rate=lambda step: (
-                learning_rate * 0.5 * float(1 + torch.cos(torch.tensor(torch.pi * step / total)))
-            ),
+            learning_rate=lambda step: learning_rate * 0.5 * (1 + math.cos(math.pi * step / total)),
             batch_size=batch_size,
             seed=budget.seed,
             progress=budget.progress,

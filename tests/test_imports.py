@@ -54,6 +54,7 @@ report
 evaluate
 descent
 tune
+reinforcement
 export
 interop
 convexlearn
@@ -75,7 +76,7 @@ FORBIDDEN = {
     "*": ("convexlearn.problems*", "problems*"),
 }
 
-HEAVY = ("matplotlib", "gymnasium")  # never at import of the package
+HEAVY = ("matplotlib", "gymnasium", "stable_baselines3")  # never at import of the package
 COMPILED = ("program.compiled", "program.*_kernels", "solvers.quadratic.*")  # the only ones that use numba
 
 
