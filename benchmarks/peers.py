@@ -44,6 +44,15 @@ def moreau(workload: Workload) -> Layer | None:
     return _cvxpylayer(workload, "MOREAU", solver="ipm", ipm_settings=settings)
 
 
+def moreau_default(workload: Workload) -> Layer | None:
+    """cvxpylayers with the Moreau interior point as it comes."""
+    try:
+        import moreau as package  # noqa: F401
+    except ImportError:
+        return None
+    return _cvxpylayer(workload, "MOREAU", solver="ipm")
+
+
 def qpth(workload: Workload) -> Layer | None:
     """qpth's batched dense interior point, fed the standard form directly."""
     try:
@@ -86,7 +95,8 @@ PEERS: dict[str, Callable[[Workload], Layer | None]] = {
     "diffcp": diffcp_default,
     "diffcp SCS 1e-9": diffcp_scs,
     "Moreau 1e-10": moreau,
+    "Moreau": moreau_default,
     "qpth": qpth,
     "QPLayer": qplayer,
 }
-CVXPYLAYERS = ("diffcp", "diffcp SCS 1e-9", "Moreau 1e-10")
+CVXPYLAYERS = ("diffcp", "diffcp SCS 1e-9", "Moreau 1e-10", "Moreau")

@@ -5,6 +5,7 @@ from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
 from convexlearn.layer import ConvexLayer, LayerSolution
+from convexlearn.optimizers import ProximalGradient, ProximalTerm
 from convexlearn.program.program import Status
 from convexlearn.riccati import dare, dlyap, lqr_gain
 from convexlearn.rules.affine import AffineRule
@@ -14,6 +15,8 @@ from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
 from convexlearn.rules.neural import NeuralRule
 from convexlearn.rules.parameters import Role
+from convexlearn.rules.policies import adp, mpc
+from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.tune import tune
@@ -30,19 +33,24 @@ __all__ = [
     "Evaluation",
     "History",
     "KalmanFilter",
+    "KalmanSmoother",
     "LayerSolution",
     "NeuralRule",
+    "ProximalGradient",
+    "ProximalTerm",
     "Role",
     "Simulator",
     "Status",
     "Trajectory",
     "TreeRule",
+    "adp",
     "as_rule",
     "dare",
     "dlyap",
     "errors",
     "evaluate",
     "lqr_gain",
+    "mpc",
     "networks",
     "objectives",
     "simulate",

@@ -179,6 +179,8 @@ def _report(result: Any, arguments: argparse.Namespace) -> None:
     print(report.table(result.records, "markdown" if arguments.markdown else "plain"))
     for measure, bound in result.study.bounds.items():
         print(f"no rule can beat {measure} {bound:.4g} on average")
+    for title, text in result.entry.tables(result).items():
+        print(f"\n{title}\n{text}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result.json(), indent=2) + "\n")
         print(f"wrote: {arguments.json}")

@@ -18,6 +18,7 @@ from convexlearn.evaluate import devices_of, evaluate, report_failures
 from convexlearn.failures import collect_failures
 from convexlearn.history import History
 from convexlearn.objectives import Objective, judge, maximizes
+from convexlearn.optimizers import ProximalGradient
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.simulate.base import FiniteSimulator, Trajectory
 
@@ -31,8 +32,8 @@ class NonFiniteWarning(FailureWarning):
     """Tuning stopped at a loss or gradient that is NaN or infinite; earlier weights are restored."""
 
 
-class _NotFinite(Exception):
-    """A loss, gradient or parameter is NaN or infinite."""
+class _NotFinite(FloatingPointError):
+    """A loss, gradient or parameter is NaN or infinite; an optimizer that tries points may catch it."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Descent:
         if self.validation is None and self.sampler.whole and self.history:
             self.rule.train()
             with torch.no_grad(), isolated(self.seed, "step", self.step, devices=devices_of(self.rule)):
-                self.consider(self.loss()[0].item(), "loss")
+                self.consider(self.loss()[0].item() + self.penalty(), "loss")
 
     def gradient(self, records: list[dict[str, Any]]) -> Tensor:
         """Loss of the present step; leaves its clipped gradient in the parameters and adds to `records`."""
@@ -177,7 +178,8 @@ class Descent:
         if self.clip is not None and norm > self.clip:
             for gradient in gradients.values():
                 gradient.mul_(self.clip / norm)
-        record = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "failures": failures}
+        value = loss.item() + self.penalty()
+        record = {"step": self.step, "loss": value, "gradient_norm": norm, "failures": failures}
         records.append(record)
         self.settled = False  # the optimizer moves on
         return loss.detach()
@@ -198,6 +200,10 @@ class Descent:
         values = judge(self.objective, trajectory)
         loss = -values.mean() if maximizes(self.objective) else values.mean()
         return (loss if self.regularizer is None else loss + self.regularizer(self.rule)), len(lost)
+
+    def penalty(self) -> float:
+        """What a proximal optimizer adds to the loss without its gradient."""
+        return self.optimizer.penalty() if isinstance(self.optimizer, ProximalGradient) else 0.0
 
     def validate(self) -> float:
         if self.validation is None:

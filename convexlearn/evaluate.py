@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from convexlearn.errors import FailureWarning, OptionError, SolverError
+from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError
 from convexlearn.objectives import Objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
@@ -43,6 +43,37 @@ class Evaluation:
         """Standard deviation over the square root of the number of samples; NaN for a single sample."""
         valid = self._valid()
         return valid.std().item() / math.sqrt(len(valid)) if len(valid) > 1 else math.nan
+
+    @property
+    def median(self) -> float:
+        """Median over the samples that did not fail, for costs whose mean a few samples dominate."""
+        return self._valid().quantile(0.5).item() if len(self._valid()) else math.nan
+
+    @property
+    def median_error(self) -> float:
+        """Standard error of the median, from the order statistics half a binomial deviation either side of it."""
+        valid = self._valid().sort().values
+        if len(valid) < 2:
+            return math.nan
+        half = math.sqrt(len(valid)) / 2
+        low, high = (int(round(len(valid) / 2 + side * half - 0.5)) for side in (-1, 1))
+        return (valid[min(high, len(valid) - 1)] - valid[max(low, 0)]).item() / 2
+
+    def __sub__(self, other: "Evaluation") -> "Evaluation":
+        """The difference sample by sample, of two rules on common random numbers: its error is that of the pairs.
+
+        Samples that failed in either are left out. Both must come from one simulator, `samples` and `seed`.
+
+        >>> Evaluation(torch.tensor([1.0, 5.0])) - Evaluation(torch.tensor([0.0, 4.5]))
+        0.75 ± 0.25, nan ms per decision (2 samples)
+        """
+        if len(self.values) != len(other.values):
+            raise ShapeError(
+                f"evaluations of {len(self.values)} and {len(other.values)} samples have no common random numbers; "
+                "evaluate both rules with the same samples, batch_size and seed"
+            )
+        failed = tuple(sorted({*self.failed, *other.failed}))
+        return Evaluation(self.values - other.values, failed=failed)
 
     @property
     def failures(self) -> int:

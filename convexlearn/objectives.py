@@ -33,6 +33,18 @@ def mean_squared_error(trajectory: Trajectory) -> Tensor:
     return _difference(trajectory, "mean_squared_error").square().mean(-1)
 
 
+def known_squared_error(trajectory: Trajectory) -> Tensor:
+    """Mean of (s_true - s)^2 over the entries of the target that are known, not NaN, `(B,)`; zero where none is.
+
+    >>> t = Trajectory(torch.zeros(1, 2), torch.zeros(1, 2), target=torch.tensor([[torch.nan, 4.0]]))
+    >>> known_squared_error(t)
+    tensor([16.])
+    """
+    difference = _difference(trajectory, "known_squared_error")
+    known = ~torch.isnan(difference.detach())
+    return torch.where(known, difference, 0.0).square().sum(-1) / known.sum(-1).clamp(min=1)
+
+
 def absolute_error(trajectory: Trajectory) -> Tensor:
     """|s_true - s|_1 `(B,)`, the sum over the decision's entries."""
     return _difference(trajectory, "absolute_error").abs().sum(-1)
@@ -99,7 +111,7 @@ def cost(trajectory: Trajectory) -> Tensor:
             "objective 'cost' needs trajectory.cost, but this simulator records none; use a simulator with "
             "a stage cost, or an objective that compares decisions with targets"
         )
-    return trajectory.cost.reshape(len(trajectory), -1).mean(-1)
+    return trajectory.cost.flatten(1).mean(-1) if trajectory.cost.ndim > 1 else trajectory.cost
 
 
 def maximizes(objective: Any) -> bool:

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import ModuleType
@@ -13,10 +13,11 @@ import cvxpy as cp
 from torch import Tensor, nn
 
 from convexlearn.errors import OptionError, suggest
-from convexlearn.evaluate import evaluate
+from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.objectives import Objective
 from convexlearn.report import Estimate, Record, to_json
 from convexlearn.rules.parameters import count_parameters
+from convexlearn.simulate.base import FiniteSimulator
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class Study:
 
     problem: the CVXPY problem, for display. contenders: by name, in the order of the table and of their
     fitting. test: the simulator, unseen by `fit` unless a contender is an oracle. measures: objectives by
-    name. bounds: by measure, what no rule can beat on average, where that is known.
+    name. bounds: by measure, what no rule can beat on average, where that is known. samples: number of
+    trajectories to judge on, where `test` has no length. medians: names of measures summed up by their
+    median instead of their mean. simulators: by measure, another simulator than `test` to judge it in.
     """
 
     problem: cp.Problem
@@ -59,6 +62,9 @@ class Study:
     test: Any
     measures: Mapping[str, Objective]
     bounds: Mapping[str, float] = field(default_factory=dict)
+    samples: int | None = None
+    medians: Sequence[str] = ()
+    simulators: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class ProblemEntry:
 
     source: Example or equation of the paper. shapes: of context, decision and parameters, with units.
     setting: frozen dataclass of the problem's own options at their defaults. build: (seed, setting) ->
-    Study. figures: (result) -> {file name without suffix: Axes}.
+    Study. figures: (result) -> {file name without suffix: Axes}. tables: (result) -> {title: text}, printed
+    after the table of the rules.
     """
 
     name: str
@@ -86,6 +93,7 @@ class ProblemEntry:
     setting: Any
     build: Callable[[int, Any], Study]
     figures: Callable[["Result"], dict[str, Any]]
+    tables: Callable[["Result"], dict[str, str]] = lambda result: {}
 
     def configure(self, **changes: Any) -> Any:
         """The setting with some options replaced; an unknown name is an OptionError.
@@ -165,15 +173,27 @@ class Result:
 
 
 def judge(entry: ProblemEntry, study: Study, seed: int, traces: Mapping[str, Any]) -> Result:
-    """Evaluate every contender of a study by all measures, each on one and the same simulation."""
+    """Evaluate every contender of a study by all measures, those of one simulator on one and the same simulation."""
     records = []
     for name, contender in study.contenders.items():
-        results = evaluate(contender.rule, study.test, dict(study.measures), seed=seed)
-        estimates = {m: Estimate(e.mean, e.standard_error) for m, e in results.items()}
+        results = _measured(study, contender.rule, seed)
+        estimates = {
+            m: Estimate(e.median, e.median_error) if m in study.medians else Estimate(e.mean, e.standard_error)
+            for m, e in results.items()
+        }
         counts = {role.value: n for role, n in count_parameters(contender.rule).items()}
-        seconds = next(iter(results.values())).seconds_per_decision
-        records.append(Record(name, estimates, counts, seconds))
+        records.append(Record(name, estimates, counts, next(iter(results.values())).seconds_per_decision))
     return Result(entry, study, seed, tuple(records), traces)
+
+
+def _measured(study: Study, rule: nn.Module, seed: int) -> dict[str, Evaluation]:
+    """Evaluations by measure, in the order of the measures."""
+    results: dict[str, Evaluation] = {}
+    own = {m: f for m, f in study.measures.items() if m not in study.simulators}
+    for simulator, measures in [(study.test, own), *((s, {m: study.measures[m]}) for m, s in study.simulators.items())]:
+        samples = None if isinstance(simulator, FiniteSimulator) else study.samples
+        results |= evaluate(rule, simulator, measures, samples=samples, seed=seed) if measures else {}
+    return {m: results[m] for m in study.measures}
 
 
 def load(study: Study, state: Mapping[str, Mapping[str, Tensor]]) -> None:

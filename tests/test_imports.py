@@ -15,7 +15,7 @@ LONGEST = 400
 
 # A file imports only from files above it in this list; files on one line may import each other, without circles.
 ORDER = """
-errors failures randomness parallel checkpoint history
+errors failures randomness parallel checkpoint history optimizers
 domains
 program.program
 program.declaration
@@ -39,7 +39,7 @@ layer
 diagnose
 prox
 splitting
-riccati
+riccati block_tridiagonal
 networks
 iterations.*
 adjoints
@@ -54,6 +54,7 @@ report
 evaluate
 descent
 tune
+reinforcement
 export
 interop
 convexlearn
@@ -75,7 +76,7 @@ FORBIDDEN = {
     "*": ("convexlearn.problems*", "problems*"),
 }
 
-HEAVY = ("matplotlib", "gymnasium")  # never at import of the package
+HEAVY = ("matplotlib", "gymnasium", "stable_baselines3")  # never at import of the package
 COMPILED = ("program.compiled", "program.*_kernels", "solvers.quadratic.*")  # the only ones that use numba
 
 

@@ -52,6 +52,16 @@ def test_cost_is_averaged_over_time():
     t = Trajectory(S, S, cost=torch.tensor([[1.0, 3.0], [2.0, 2.5]]))
     assert objectives.cost(t).tolist() == [2.0, 2.25]
     assert objectives.cost(Trajectory(S, S, cost=torch.tensor([1.0, 2.0]))).tolist() == [1.0, 2.0]
+    assert objectives.cost(Trajectory(S[:0], S[:0], cost=torch.zeros(0, 3))).shape == (0,)
+
+
+def test_known_squared_error_ignores_what_is_not_known():
+    target = torch.tensor([[1.0, torch.nan, 3.0], [torch.nan] * 3])
+    s = torch.zeros(2, 3, requires_grad=True)
+    values = objectives.known_squared_error(Trajectory(s, s, target=target))
+    assert values.tolist() == [5.0, 0.0]
+    values.sum().backward()
+    assert s.grad.tolist() == [[-1.0, 0.0, -3.0], [0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["squared_error", "mean_squared_error", "absolute_error", "cross_entropy", "accuracy"])
