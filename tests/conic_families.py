@@ -1,7 +1,12 @@
-"""Families of conic problems: each function returns (problem, parameters, outputs, draw); draw(rng) gives one sample."""
+"""Families of conic problems: (problem, parameters, outputs, draw), where draw(rng) gives values of one sample."""
 
 import cvxpy as cp
 import numpy as np
+import torch
+
+from convexlearn.program.compiler import compile_problem
+from convexlearn.program.declaration import Declaration
+from convexlearn.program.program import ProgramData
 
 
 def _duals(problem, *which):
@@ -175,3 +180,19 @@ FAMILIES = {
     "log-determinant": log_determinant,
     "all cones": all_cones,
 }
+
+
+def values(draw, batch, seed=0):
+    """Parameter values (B, *shape) of `batch` samples, one tensor a parameter."""
+    rng = np.random.default_rng(seed)
+    samples = [draw(rng) for _ in range(batch)]
+    return [torch.tensor(np.stack(column), dtype=torch.float64) for column in zip(*samples)]
+
+
+def instance(name, batch=3, seed=0):
+    """The Program of a family and arrays (P, q, A, b) of a batch, every field expanded."""
+    problem, parameters, outputs, draw = FAMILIES[name]()
+    compiled = compile_problem(Declaration.of(problem, parameters, outputs))
+    given = torch.cat([v.reshape(batch, -1) for v in values(draw, batch, seed)], 1)
+    theta = np.concatenate([given.numpy(), np.ones((batch, 1))], 1)
+    return compiled.program, tuple(np.ascontiguousarray((compiled.maps[f] @ theta.T).T) for f in ProgramData.FIELDS)

@@ -36,13 +36,29 @@ def axis(s, z, slope, rest, i, k, value, dual):
 
 
 @helper
-def curved(s, z, E, slope, rest, i):
-    """Rows s/|s|, z/|z| and their cross product of E, with the eigenvalues of the first two."""
-    ns = math.sqrt(s[i, 0] ** 2 + s[i, 1] ** 2 + s[i, 2] ** 2)
-    nz = math.sqrt(z[i, 0] ** 2 + z[i, 1] ** 2 + z[i, 2] ** 2)
-    for k in range(3):
-        E[i, 0, k] = s[i, k] / ns
-        E[i, 1, k] = z[i, k] / nz
+def direction(v, E, i, k):
+    """Row k of E is v[i] scaled to length 1, without underflow; False where v[i] is zero."""
+    largest = max(abs(v[i, 0]), abs(v[i, 1]), abs(v[i, 2]))
+    if not largest > 0:
+        return False
+    x, y, z = v[i, 0] / largest, v[i, 1] / largest, v[i, 2] / largest
+    length = math.sqrt(x * x + y * y + z * z)
+    E[i, k, 0], E[i, k, 1], E[i, k, 2] = x / length, y / length, z / length
+    return True
+
+
+@helper
+def curved(p, s, z, E, slope, rest, i):
+    """Rows s/|s|, z/|z| and their cross product of E, with the eigenvalues of the first two.
+
+    False, and the derivative of the nearest smooth point, where rounding leaves s or z zero.
+    """
+    if not direction(s, E, i, 0):
+        plain(p, s, z, E, slope, rest, i, False)
+        return False
+    if not direction(z, E, i, 1):
+        plain(p, s, z, E, slope, rest, i, True)
+        return False
     size = 0.0
     for k in range(3):
         a, b = (k + 1) % 3, (k + 2) % 3
@@ -52,6 +68,7 @@ def curved(s, z, E, slope, rest, i):
         E[i, 2, k] /= math.sqrt(size)
     slope[i, 0], slope[i, 1] = 0.0, 1.0
     rest[i, 0], rest[i, 1] = 1.0, 0.0
+    return True
 
 
 @helper
@@ -115,9 +132,8 @@ def project_exponential(p, s, z, E, slope, rest):
     """
     for i in range(len(p)):
         x, y, h = p[i, 0], p[i, 1], p[i, 2]
-        if not math.isfinite(x + y + h):
-            plain(p, s, z, E, slope, rest, i, True)
-        elif (y > 0 and y * math.exp(min(x / y, FARTHEST)) <= h) or (y == 0 and x <= 0 and h >= 0):
+        above = (y > 0 and y * math.exp(min(x / y, FARTHEST)) <= h) or (y == 0 and x <= 0 and h >= 0)
+        if above or not math.isfinite(x + y + h):
             plain(p, s, z, E, slope, rest, i, True)
         elif (x > 0 and x * math.exp(min(y / x - 1.0, FARTHEST)) <= -h) or (x == 0 and y <= 0 and h <= 0):
             plain(p, s, z, E, slope, rest, i, False)
@@ -135,9 +151,9 @@ def project_exponential(p, s, z, E, slope, rest):
             ratio, _, a, b = exponential_point(x, y, exponential_root(x, y, h))
             s[i, 0], s[i, 1], s[i, 2] = a * ratio, a, a * math.exp(ratio)
             z[i, 0], z[i, 1], z[i, 2] = -b, b * (ratio - 1.0), b * math.exp(-ratio)
-            curved(s, z, E, slope, rest, i)
-            bend = b * (E[i, 2, 0] - ratio * E[i, 2, 1]) ** 2
-            slope[i, 2], rest[i, 2] = bend / (a + bend), a / (a + bend)
+            if curved(p, s, z, E, slope, rest, i):
+                bend = b * (E[i, 2, 0] - ratio * E[i, 2, 1]) ** 2
+                slope[i, 2], rest[i, 2] = bend / (a + bend), a / (a + bend)
 
 
 @helper
@@ -175,7 +191,7 @@ def power_height(x, y, size, alpha):
 
 @helper
 def power_plane(p, alpha, s, z, E, slope, rest, i):
-    """A point (x, y, 0) with one negative coordinate: the boundary near its projection is |h| = x^alpha y^(1 - alpha)."""
+    """A point (x, y, 0) with one negative coordinate, whose projection lies on an edge of the cone."""
     plain(p, s, z, E, slope, rest, i, True)
     k = 0 if p[i, 0] < 0 else 1
     own, other = -p[i, k], p[i, 1 - k]
@@ -196,9 +212,8 @@ def project_power(p, alpha, s, z, E, slope, rest):
     """
     for i in range(len(p)):
         x, y, h, a = p[i, 0], p[i, 1], abs(p[i, 2]), alpha[i]
-        if not math.isfinite(x + y + h):
-            plain(p, s, z, E, slope, rest, i, True)
-        elif x >= 0 and y >= 0 and x**a * y ** (1.0 - a) >= h:
+        above = x >= 0 and y >= 0 and x**a * y ** (1.0 - a) >= h
+        if above or not math.isfinite(x + y + h):
             plain(p, s, z, E, slope, rest, i, True)
         elif x <= 0 and y <= 0 and (-x / a) ** a * (-y / (1.0 - a)) ** (1.0 - a) >= h:
             plain(p, s, z, E, slope, rest, i, False)
@@ -211,7 +226,7 @@ def project_power(p, alpha, s, z, E, slope, rest):
             sign = 1.0 if p[i, 2] > 0 else -1.0
             s[i, 0], s[i, 1], s[i, 2] = u, v, sign * r
             z[i, 0], z[i, 1], z[i, 2] = du, dv, -sign * gap
-            curved(s, z, E, slope, rest, i)
-            bend = gap * a * (1.0 - a) * r * (E[i, 2, 0] * v - E[i, 2, 1] * u) ** 2
-            flat = (u * v) ** 2
-            slope[i, 2], rest[i, 2] = bend / (flat + bend), flat / (flat + bend)
+            if curved(p, s, z, E, slope, rest, i):
+                bend = gap * a * (1.0 - a) * r * (E[i, 2, 0] / u - E[i, 2, 1] / v) ** 2
+                sharp = not bend < 1e300  # s is all but zero
+                slope[i, 2], rest[i, 2] = 1.0 if sharp else bend / (1.0 + bend), 0.0 if sharp else 1.0 / (1.0 + bend)

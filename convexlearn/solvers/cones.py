@@ -20,7 +20,7 @@ Point = tuple[Array, Array, Array, Array]  # parts in the cone and in the dual c
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Cones of one kind and size: `kind` is "soc", "psd", "exp" or "power"; rows (C, size); alpha (C,) of power cones."""
+    """Cones of one kind ("soc", "psd", "exp", "power") and size: rows (C, size), and alpha (C,) of power cones."""
 
     kind: str
     rows: Array
@@ -145,7 +145,7 @@ def split(cones: Cones, v: Array) -> Projection:
     >>> found.dual.tolist(), found.primal.tolist()
     ([[-3.0, 2.0, 0.0]], [[0.0, 0.0, 1.0]])
     """
-    leading, others = groups(cones)
+    others = groups(cones)[1]
     free = np.arange(v.shape[1]) < cones.zero
     dual = np.where(free, v, v.clip(min=0))
     slope = (free | (v > 0)).astype(float)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convexlearn.errors import OptionError
 from convexlearn.parallel import cores, run
-from convexlearn.program.program import Cones, Program, ProgramData, Solution, Status
+from convexlearn.program.program import CPU, Cones, Program, ProgramData, Solution, Status, as_array
 from convexlearn.program.reduce import Arrays, Pair
 from convexlearn.solvers.base import Options, status_from_residual, warn_adjoint
 from convexlearn.solvers.cones import Array, groups, project, project_dual, psd_order, split
@@ -69,6 +69,7 @@ class Conic:
     name: ClassVar[str] = "conic"
     options: ClassVar[type[Options]] = ConicOptions
     native_objective: ClassVar[bool] = True
+    takes_arrays: ClassVar[bool] = True
 
     def supports(self, program: Program) -> str | None:
         """Every cone of a Program, at least one row."""
@@ -77,40 +78,38 @@ class Conic:
     def solve(self, program: Program, data: ProgramData, options: Options, warm: Solution | None = None) -> Solution:
         """Solve every sample; `warm` is tried as the start of Newton's method before Clarabel runs."""
         settings = options if isinstance(options, ConicOptions) else ConicOptions(**vars(options))
-        usable = warm is not None and warm.x.shape == (data.batch, program.n)
-        start = (_numpy(warm.x), _numpy(warm.z)) if usable and warm is not None else None
-        call = _Call(program, _arrays(data), data.batch, settings)
+        start = None if warm is None or warm.arrays[0].shape != (data.batch, program.n) else warm.arrays
+        call = _Call(program, data.arrays, data.batch, settings)
         call.run(start)
-        tensors = [torch.from_numpy(v) for v in (call.x, call.z, call.status, call.iterations, call.residual)]
-        if data.q.device.type != "cpu":
-            tensors = [t.to(data.q.device) for t in tensors]
-        state = _State(call.v, call.weight, settings.threads)
-        return Solution(program, data, *tensors, private=state)
+        found = (call.x, call.z, call.status, call.iterations, call.residual)
+        if data.device != CPU:
+            found = tuple(torch.from_numpy(v).to(data.device) for v in found)
+        return Solution(program, data, *found, private=_State(call.v, call.weight, settings.threads))
 
-    def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
-        """Gradients of the data by one refined solve per sample; misses its tolerance with an AdjointWarning."""
-        program, data, state = solution.program, _arrays(solution.data), solution.private
-        ok = _numpy(solution.ok)[:, None]
-        x, z, up_x, up_z = (np.where(ok, _numpy(v), 0.0) for v in (solution.x, solution.z, dx, dz))
+    def adjoint(self, solution: Solution, dx: Tensor | Array, dz: Tensor | Array) -> ProgramData:
+        """Gradients of the data by one refined solve per sample; an AdjointWarning where it misses its tolerance."""
+        program, data, state = solution.program, solution.data.arrays, solution.private
+        ok = as_array(solution.ok)[:, None]
+        x, z, up_x, up_z = (np.where(ok, v, 0.0) for v in (*solution.arrays, as_array(dx), as_array(dz)))
         vx, vz, residual = np.zeros_like(x), np.zeros_like(z), np.zeros(len(x))
 
         def task(first: int, last: int, _: int) -> None:
             part = np.arange(first, last)[ok[first:last, 0]]
             part = part[(up_x[part] != 0).any(1) | (up_z[part] != 0).any(1)]
             if len(part):
-                conditions = Conditions(program, select(data, part), state.weight[part])
-                found = conditions.at(x[part], state.v[part])
                 weight = state.weight[part]
-                vx[part], wz, residual[part] = conditions.factored(found.split).solve(
-                    weight * up_x[part], up_z[part]
-                )
-                vz[part] = wz / weight
+                conditions = Conditions(program, select(data, part), weight)
+                factored = conditions.factored(split(program.cones, state.v[part]))
+                wx, vz[part], residual[part] = factored.solve(up_x[part], up_z[part] / weight)
+                vx[part] = weight * wx
 
         run(task, len(x), state.threads)
-        warn_adjoint(residual)
-        sums = gradients(program, data, (x, z), (vx, vz), state.threads)
-        fields = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(data, sums))
-        return ProgramData(*(torch.from_numpy(g).to(dx.device) for g in fields), batch=solution.data.batch)
+        sums, stationarity = gradients(program, data, (x, z), (up_x, up_z), (vx, vz), threads=state.threads)
+        warn_adjoint(np.maximum(residual, stationarity))
+        fields = [g.sum(0, keepdims=True) if len(f) == 1 != len(g) else g for f, g in zip(data, sums)]
+        if solution.data.device != CPU:
+            fields = [torch.from_numpy(g).to(solution.data.device) for g in fields]
+        return ProgramData(*fields, batch=solution.data.batch)
 
 
 @dataclass(eq=False)
@@ -278,12 +277,3 @@ def _each(task: Callable[[int], None], batch: int, threads: int | None) -> None:
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="convexlearn") as pool:
         list(pool.map(task, range(batch)))
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
-
-
-def _arrays(data: ProgramData) -> Arrays:
-    P, q, A, b = (_numpy(f) for f in data.fields())
-    return P, q, A, b

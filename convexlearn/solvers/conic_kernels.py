@@ -12,6 +12,7 @@ SHIFT = 1e-7  # makes the equilibrated matrix quasi-definite; refinement undoes 
 EQUILIBRATIONS = 5
 REFINEMENTS = 20
 ROUNDING = 2e-16
+NO_WORSE = 1.0 + 1e-6  # what lies in the null space stays as it is, while the rest gets its solution
 CONSISTENT = 1e-9  # relative residual above which a right-hand side has no solution
 PROJECTIONS = 3
 
@@ -128,18 +129,18 @@ def refine(ei, ej, value, diagonal, scale, perm, lp, li, L, pivot, right, y, res
         y[i], rest[i] = 0.0, right[i]
         best = max(best, abs(right[i]))
     goal = ROUNDING * best
-    for _ in range(REFINEMENTS):
+    for count in range(REFINEMENTS):
         step[:] = rest
         substitute(perm, lp, li, L, pivot, t, step)
         for i in range(len(y)):
             y[i] += step[i]
         error = remaining(ei, ej, value, diagonal, scale, right, y, rest)
-        if not error < best:
+        if not error <= NO_WORSE * best:
             for i in range(len(y)):
                 y[i] -= step[i]
             return remaining(ei, ej, value, diagonal, scale, right, y, rest)
-        stalled = error > 0.5 * best
-        best = error
+        stalled = count > 1 and error > 0.5 * best
+        best = min(best, error)
         if best <= goal or stalled:
             break
     return best
