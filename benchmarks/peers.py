@@ -87,6 +87,8 @@ def _standard(workload: Workload, solve: Callable[..., Tensor]) -> Layer:
 
 def exact(workload: Workload) -> Layer:
     """The reference of the error columns."""
+    if (solution := workload.exact) is not None:
+        return lambda *values: (solution(*values),)
     return _cvxpylayer(workload, Exact())
 
 

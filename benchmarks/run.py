@@ -84,7 +84,7 @@ def judge(row: Row, workload: Workload, values: list[Tensor], reference: tuple[T
 def compare(workload: Workload, batch: int, names: Sequence[str], repetitions: int) -> dict[str, Row]:
     """Time every layer on a workload, interleaved, after a warm-up that also judges the errors."""
     values = workload.values(batch)
-    reference = pass_once(workload, peers.exact(workload), values)[2:] if has_reference(workload) else None
+    reference = pass_once(workload, peers.exact(workload), values)[2:]
     rows: dict[str, Row] = {}
     for name in names:
         start = time.perf_counter()
@@ -94,8 +94,7 @@ def compare(workload: Workload, batch: int, names: Sequence[str], repetitions: i
                 continue
             row = Row(time.perf_counter() - start, layer)
             pass_once(workload, layer, perturbed(values, 0))
-            if reference is not None:
-                judge(row, workload, values, reference)
+            judge(row, workload, values, reference)
             rows[name] = row
         except Exception as error:
             print(f"  {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}")
@@ -107,11 +106,6 @@ def compare(workload: Workload, batch: int, names: Sequence[str], repetitions: i
             row.forward.append(forward)
             row.backward.append(backward)
     return rows
-
-
-def has_reference(workload: Workload) -> bool:
-    """The exact reference covers QPs and LPs."""
-    return workload.name != "W6"
 
 
 def best(rows: dict[str, Row], limit: float) -> float | None:

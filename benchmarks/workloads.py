@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import conic_reference
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -27,6 +29,7 @@ class Workload:
 
     `run(layer, values)` returns the decisions; by default one call of the layer. `standard(values)`
     returns (Q, p, G, h, A, b) of min 1/2 x'Qx + p'x, Gx <= h, Ax = b where peers need that form.
+    `exact(*values)` returns the exact decisions under autograd where the reference for QPs and LPs can't.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Workload:
     batches: tuple[int, ...]
     run: Callable[[Layer, list[Tensor]], Tensor]
     standard: Callable[[list[Tensor]], tuple[Tensor, ...]] | None = None
+    exact: Callable[..., Tensor] | None = None
 
 
 def one_call(layer: Layer, values: list[Tensor]) -> Tensor:
@@ -157,21 +161,57 @@ def dense_qp(name: str, n: int, batches: tuple[int, ...]) -> Workload:
     return Workload(name, f"dense QP n={n}", declare, values, batches, one_call, standard)
 
 
-def markowitz(name: str, n: int, batches: tuple[int, ...]) -> Workload:
-    """max mu'w, |F w|_2 <= gamma, 1'w = 1, w >= 0 with batched mu; a second-order cone."""
+def markowitz(name: str, n: int, batches: tuple[int, ...], leverage: float = 1.6) -> Workload:
+    """max mu'w, |F w|_2 <= sigma, 1'w = 1, |w|_1 <= 1.6 with batched mu; a second-order cone."""
 
     def declare() -> Declared:
         mu, F, w = cp.Parameter(n, name="mu"), cp.Parameter((n, n), name="F"), cp.Variable(n)
-        gamma = cp.Parameter(nonneg=True, name="gamma")
-        constraints = [cp.norm2(F @ w) <= gamma, cp.sum(w) == 1, w >= 0]
-        return Declared(cp.Problem(cp.Maximize(mu @ w), constraints), [mu, F, gamma], [w])
+        sigma = cp.Parameter(nonneg=True, name="sigma")
+        constraints = [cp.norm2(F @ w) <= sigma, cp.sum(w) == 1, cp.norm1(w) <= leverage]
+        return Declared(cp.Problem(cp.Maximize(mu @ w), constraints), [mu, F, sigma], [w])
 
     def values(batch: int) -> list[Tensor]:
         rng = np.random.default_rng(5)
         F = np.diag(rng.uniform(0.5, 1.5, n)) + 0.1 * rng.standard_normal((n, n))
-        return [_leaf(v) for v in (rng.standard_normal((batch, n)), F, np.array(2.0 / np.sqrt(n)))]
+        return [_leaf(v) for v in (rng.standard_normal((batch, n)), F, np.array(0.4))]
 
-    return Workload(name, f"Markowitz cone n={n}", declare, values, batches, one_call)
+    def exact(mu: Tensor, F: Tensor, sigma: Tensor) -> Tensor:
+        return conic_reference.markowitz(mu, F, sigma, leverage)
+
+    return Workload(name, f"Markowitz cone n={n}", declare, values, batches, one_call, exact=exact)
+
+
+def entropy(name: str, n: int, m: int, batches: tuple[int, ...]) -> Workload:
+    """min c'x + sum x log x, Ax = b with A shared, c and b batched; exponential cones."""
+
+    def declare() -> Declared:
+        x, c = cp.Variable(n), cp.Parameter(n, name="c")
+        A, b = cp.Parameter((m, n), name="A"), cp.Parameter(m, name="b")
+        return Declared(cp.Problem(cp.Minimize(c @ x - cp.sum(cp.entr(x))), [A @ x == b]), [c, A, b], [x])
+
+    def values(batch: int) -> list[Tensor]:
+        rng = np.random.default_rng(6)
+        A, x = rng.standard_normal((m, n)) / np.sqrt(n), rng.random((batch, n))
+        return [_leaf(v) for v in (rng.standard_normal((batch, n)), A, x @ A.T)]
+
+    title = f"maximum entropy n={n} m={m}"
+    return Workload(name, title, declare, values, batches, one_call, exact=conic_reference.maximum_entropy)
+
+
+def correlation(name: str, order: int, batches: tuple[int, ...]) -> Workload:
+    """min 1/2 |X - C|^2, X PSD with unit diagonal, C batched."""
+
+    def declare() -> Declared:
+        X, C = cp.Variable((order, order), symmetric=True), cp.Parameter((order, order), symmetric=True, name="C")
+        constraints = [X >> 0, cp.diag(X) == 1]
+        return Declared(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(X - C)), constraints), [C], [X])
+
+    def values(batch: int) -> list[Tensor]:
+        G = np.random.default_rng(7).standard_normal((batch, order, order))
+        return [_leaf(0.5 * (G + G.transpose(0, 2, 1)))]
+
+    title = f"nearest correlation of order {order}"
+    return Workload(name, title, declare, values, batches, one_call, exact=conic_reference.nearest_correlation)
 
 
 WORKLOADS = {
@@ -180,7 +220,9 @@ WORKLOADS = {
         box_mpc("W1", 4, 2, 10, (1, 128, 1024)),
         lasso("W3", 50, 100, (64,)),
         closed_loop("W5", 8, 100),
-        markowitz("W6", 10, (128,)),
+        markowitz("W6", 20, (64,)),
+        entropy("entropy", 50, 10, (64,)),
+        correlation("correlation", 8, (64,)),
         box_mpc("large-mpc", 12, 4, 30, (32,)),
         dense_qp("dense", 100, (8, 128)),
     )

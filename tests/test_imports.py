@@ -29,7 +29,10 @@ program.data_map
 program.reduce
 solvers.base
 solvers.quadratic.*
+solvers.cone_kernels solvers.conic_kernels
 solvers.cones
+solvers.conic_system
+solvers.conic_newton
 solvers.conic
 solvers.diffcp
 solvers
@@ -77,7 +80,7 @@ FORBIDDEN = {
 }
 
 HEAVY = ("matplotlib", "gymnasium", "stable_baselines3")  # never at import of the package
-COMPILED = ("program.compiled", "program.*_kernels", "solvers.quadratic.*")  # the only ones that use numba
+COMPILED = ("program.compiled", "*_kernels", "solvers.quadratic.*")  # the only ones that use numba
 
 
 def module_of(path: Path) -> str:

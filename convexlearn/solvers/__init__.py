@@ -5,13 +5,14 @@ import logging
 from convexlearn.errors import OptionError, suggest
 from convexlearn.program.program import Program
 from convexlearn.solvers.base import Options, Solver
+from convexlearn.solvers.conic import Conic
 from convexlearn.solvers.diffcp import Diffcp
 from convexlearn.solvers.quadratic.dense import Dense
 from convexlearn.solvers.quadratic.solver import Quadratic
 
 logger = logging.getLogger(__name__)
 
-SOLVERS: dict[str, type[Solver]] = {Quadratic.name: Quadratic, Dense.name: Dense, Diffcp.name: Diffcp}
+SOLVERS: dict[str, type[Solver]] = {s.name: s for s in (Quadratic, Dense, Conic, Diffcp)}
 
 PEERS = ("CLARABEL", "CUCLARABEL", "CUOPT", "DIFFQCP", "ECOS", "MOREAU", "MPAX", "OSQP", "SCS")
 """Solvers of CVXPY and cvxpylayers whose names are accepted and stand for our own choice."""
@@ -36,5 +37,5 @@ def find(solver: str | Solver | None) -> Solver | None:
 
 
 def choose(program: Program) -> Solver:
-    """The default: a quadratic solver for QPs and LPs, diffcp for the other cones."""
-    return Quadratic() if program.cones.polyhedral else Diffcp()
+    """The default: the quadratic solver for QPs and LPs, the conic solver for the other cones."""
+    return Quadratic() if program.cones.polyhedral else Conic()
