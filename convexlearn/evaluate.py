@@ -56,7 +56,7 @@ class Evaluation:
         if len(valid) < 2:
             return math.nan
         half = math.sqrt(len(valid)) / 2
-        low, high = (int(round(len(valid) / 2 + side * half - 0.5)) for side in (-1, 1))
+        low, high = (round(len(valid) / 2 + side * half - 0.5) for side in (-1, 1))
         return (valid[min(high, len(valid) - 1)] - valid[max(low, 0)]).item() / 2
 
     def __sub__(self, other: "Evaluation") -> "Evaluation":
