@@ -16,7 +16,7 @@ from benchmarks.workloads import WORKLOADS, Layer, Workload
 # A back end counts as accurate up to this norm-wise relative error of all gradients together. Lenient, since
 # ratios are taken to the fastest accurate one; the columns show the worst sample, which is often far worse.
 ACCURATE = 1e-2
-QUIET = 0.3  # seconds before each pass: thread pools of the layer before spin on for up to 0.2 s
+LONG = 0.5  # seconds of a pass from which cold caches after another layer's don't matter
 PERTURBATION = 1e-9  # repetitions see fresh values, so that nothing can be cached between them
 
 
@@ -31,6 +31,11 @@ class Row:
     solution_error: float = float("nan")
     gradient_error: float = float("nan")
     overall_error: float = float("nan")
+
+    @property
+    def latest(self) -> float:
+        """Seconds of the last pass, 0 before the first."""
+        return self.forward[-1] + self.backward[-1] if self.forward else 0.0
 
     @property
     def total(self) -> float:
@@ -100,9 +105,9 @@ def compare(workload: Workload, batch: int, names: Sequence[str], repetitions: i
             print(f"  {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}")
     for repetition in range(1, repetitions + 1):
         for row in rows.values():
-            fresh = perturbed(values, repetition)
-            time.sleep(QUIET)
-            forward, backward, _, _ = pass_once(workload, row.layer, fresh)
+            if row.latest < LONG:  # as in a training loop, the pass before a timed one is the layer's own
+                pass_once(workload, row.layer, perturbed(values, -repetition))
+            forward, backward, _, _ = pass_once(workload, row.layer, perturbed(values, repetition))
             row.forward.append(forward)
             row.backward.append(backward)
     return rows

@@ -214,10 +214,11 @@ def primal_dual(H, S, g, bounds, states, u, rho, M, index, work, more, tolerance
 def sweep(H, bounds, absolute, u, r, zeros_too):
     """One round of coordinate descent; r = Hu + g is kept up to date.
 
-    Not `zeros_too`: only on variables that are not at zero in a 1-norm.
+    Not `zeros_too`: only on variables that are not at zero in a 1-norm. Returns how many variables left or
+    reached a bound, or zero in a 1-norm.
     """
     lower, upper, w = bounds[0], bounds[1], bounds[2]
-    n = len(u)
+    n, changes = len(u), 0
     for i in range(n):
         if absolute[i] and u[i] == 0.0 and (not zeros_too or abs(r[i]) <= w[i]):
             continue
@@ -230,8 +231,13 @@ def sweep(H, bounds, absolute, u, r, zeros_too):
         goal = min(max(goal / h, lower[i]), upper[i])
         delta = goal - u[i]
         if delta != 0.0:
+            if absolute[i]:
+                changes += (u[i] == 0.0) != (goal == 0.0)
+            else:
+                changes += (lower[i] < u[i] < upper[i]) != (lower[i] < goal < upper[i])
             u[i] = goal
             axpy(r, 0, delta, H, i * n, n)
+    return changes
 
 
 @helper
@@ -259,8 +265,13 @@ def descend(H, g, bounds, absolute, states, u, rho, M, index, work, more, tolera
         r[i] = g[i]
     add_product(H, point, r)
     for step in range(DESCENT_ROUNDS):
+        changes = 0
         for turn in range(FIRST_SWEEPS if step == 0 else LATER_SWEEPS):
-            sweep(H, bounds, absolute, point, r, turn % 3 == 0)
+            if turn % 3 == 0:
+                changes = 0
+            changes += sweep(H, bounds, absolute, point, r, turn % 3 == 0)
+            if turn % 3 == 2 and changes == 0:
+                break
         read_states(point, r, bounds, absolute, states)
         set_pinned(states, lower, upper, pinned)
         slopes(states, g, w, total)
