@@ -202,7 +202,7 @@ def correlation(name: str, order: int, batches: tuple[int, ...]) -> Workload:
     """min 1/2 |X - C|^2, X PSD with unit diagonal, C batched."""
 
     def declare() -> Declared:
-        X, C = cp.Variable((order, order), symmetric=True), cp.Parameter((order, order), symmetric=True, name="C")
+        X, C = cp.Variable((order, order), symmetric=True), cp.Parameter((order, order), name="C")
         constraints = [X >> 0, cp.diag(X) == 1]
         return Declared(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(X - C)), constraints), [C], [X])
 
