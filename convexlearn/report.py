@@ -181,7 +181,10 @@ def _count(record: Record, role: str) -> int:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.{min(3, _decimals(1e3 * seconds, 3))}f}"
+    if seconds is None:
+        return ""
+    most = 3 if seconds >= 1e-6 else 5
+    return f"{1e3 * seconds:.{min(most, _decimals(1e3 * seconds, 3))}f}"
 
 
 def _is_number(value: Any) -> bool:

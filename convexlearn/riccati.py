@@ -100,9 +100,9 @@ def lqr_recursion(
     named = {"A": (A, "nn"), "B": (B, "nm"), "Q": (Q, "nn"), "R": (R, "mm"), "terminal": (terminal, "nn")}
     A, B, Q, R, P = _common("lqr_recursion", named)
     Q, R, P = _symmetric(Q), _symmetric(R), _symmetric(P)
-    _check_psd("Q", Q)
+    check_psd("Q", Q)
     _check_definite("R", R)
-    _check_psd("terminal", P)
+    check_psd("terminal", P)
     gains, costs = [], [P]
     for _ in range(horizon):
         K = _gain(A, B, R, P)
@@ -139,7 +139,7 @@ def kalman_recursion(
     A, C, V, W, P = _common("kalman_recursion", named)
     V, W, P = _symmetric(V), _symmetric(W), _symmetric(P)
     for name, matrix in (("V", V), ("W", W), ("covariance", P)):
-        _check_psd(name, matrix)
+        check_psd(name, matrix)
     complete, masks = _masks(observed, horizon)
     if observed is not None:
         P = P.expand(*torch.broadcast_shapes(P.shape[:-2], observed.shape[:-2]), *P.shape[-2:])
@@ -240,7 +240,7 @@ def _double(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_riccati(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, names: tuple[str, ...]) -> Tensor:
-    _check_psd(names[2], Q)
+    check_psd(names[2], Q)
     factor = _check_definite(names[3], R)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Ak, G, H = A, B @ torch.cholesky_solve(B.mT, factor), Q
@@ -342,7 +342,8 @@ def _masks(observed: Tensor | None, horizon: int) -> tuple[int, list[Any]]:
     return complete, [None if full else mask for full, mask in zip(whole.tolist(), observed.unbind(-2))]
 
 
-def _check_psd(name: str, M: Tensor) -> None:
+def check_psd(name: str, M: Tensor) -> None:
+    """DomainError, naming batch element and eigenvalue, unless the symmetric M `(*batch, n, n)` is PSD."""
     lowest, scale = torch.linalg.eigvalsh(M.detach())[..., 0], M.detach().abs().amax((-2, -1))
     bad = lowest < -PSD_SLACK * scale
     if bool(bad.any()):

@@ -31,7 +31,7 @@ class Setting:
     """
 
     horizon: int = 100
-    rollouts: int = 256
+    rollouts: int = 500
     mismatch: float = 0.1
     noise: float = 0.1
     wrong: float = 10.0

@@ -204,6 +204,12 @@ def test_mistakes_are_named():
         LQG(*draw())(randn(1, 2, 4, p + 1))
     with pytest.raises(OptionError, match="'terminal' has a meaning with a finite horizon only"):
         LQR(A, B, Q, R, terminal=Q)
+    with pytest.raises(ShapeError, match=r"average_cost: W must have shape \(2, 2\), got \(3, 3\)"):
+        LQG(*draw()).average_cost(V, V)
+    with pytest.raises(DomainError, match="average_cost: V has NaN"):
+        LQR(A, B, Q, R).average_cost(V * np.nan)
+    with pytest.raises(DomainError, match="W must be positive semidefinite"):
+        LQG(*draw()).average_cost(V, -W)
     with pytest.raises(OptionError, match="average_cost is that of the stationary rule"):
         LQG(*draw(), horizon=3).average_cost()
     assert dare(*(torch.tensor(M) for M in (A, B, Q, R))).shape == (n, n)

@@ -81,6 +81,15 @@ def test_soft_tree_tends_to_the_hard_one(splits):
     assert gaps[2] < 1e-9
 
 
+def test_a_context_with_nan_has_no_decision():
+    rule, x = TreeRule(LEVELS, 3, depth=2), X[:4].clone()
+    x[1, 2] = torch.nan
+    for tree in (rule.train(), rule.eval()):
+        lost = torch.isnan(tree(x)).all(1)
+        assert lost.tolist() == [False, True, False, False]
+        assert torch.isfinite(tree(x)[~lost]).all()
+
+
 def test_leaf_probabilities_sum_to_one_and_match_brute_force():
     rule = TreeRule(LEVELS, 3, depth=2, temperature=0.7)
     p = rule._leaf_probabilities(X)

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from convexlearn.domains import Domain
-from convexlearn.errors import OptionError, ShapeError
-from convexlearn.riccati import dlyap, filter_covariance, filter_gain, kalman_recursion, lqr_gain, lqr_recursion
+from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.riccati import (
+    check_psd,
+    dlyap,
+    filter_covariance,
+    filter_gain,
+    kalman_recursion,
+    lqr_gain,
+    lqr_recursion,
+)
 from convexlearn.rules.base import DecisionRule
 from convexlearn.rules.kalman import declare_model
 
@@ -68,7 +76,8 @@ class LQR(DecisionRule):
     def average_cost(self, V: Tensor) -> Tensor:
         """Long-run average of z'Qz + s'Rs under process noise of covariance V `(n, n)`: tr(PV) when optimal."""
         _needs_stationary(self)
-        A, B, Q, R, V = (M.double() for M in (self.A, self.B, self.Q, self.R, V))
+        A, B, Q, R = (M.double() for M in (self.A, self.B, self.Q, self.R))
+        V = _covariance("V", V, A)
         K = self.control_gain.double()
         return _trace(dlyap(A - B @ K, V), Q + K.mT @ R @ K)
 
@@ -165,8 +174,8 @@ class LQG(DecisionRule):
         """
         _needs_stationary(self)
         A, B, C, Q, R = (M.double() for M in (self.A, self.B, self.C, self.Q, self.R))
-        V = self.V.double() if V is None else torch.as_tensor(V, dtype=A.dtype)
-        W = self.W.double() if W is None else torch.as_tensor(W, dtype=A.dtype)
+        V = _covariance("V", self.V if V is None else V, A)
+        W = _covariance("W", self.W if W is None else W, C)
         K, L = self.control_gain.double(), self.filter_gain.double()
         kept = torch.eye(len(A), dtype=A.dtype, device=A.device) - L @ C
         # filtered mean m and error e = z - m: m+ = (A - B K) m + L y, e+ = kept (A e + v) - L w
@@ -246,6 +255,17 @@ def _needs_horizon(name: str, horizon: int | None) -> None:
 def _needs_stationary(rule: Any) -> None:
     if rule.horizon is not None:
         raise OptionError("average_cost is that of the stationary rule; build it with horizon=None")
+
+
+def _covariance(name: str, value: Any, like: Tensor) -> Tensor:
+    """The covariance in float64; it must be PSD and as large as `like` has rows."""
+    M, n = torch.as_tensor(value, dtype=like.dtype), len(like)
+    if tuple(M.shape) != (n, n):
+        raise ShapeError(f"average_cost: {name} must have shape ({n}, {n}), got {tuple(M.shape)}")
+    if not bool(torch.isfinite(M).all()):
+        raise DomainError(f"average_cost: {name} has NaN or infinite entries")
+    check_psd(name, (M + M.mT) / 2)
+    return M
 
 
 def _trace(S: Tensor, weight: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class TreeRule(DecisionRule):
 
     In training mode conditions and choices are soft: a sigmoid and a softmax at `temperature`, so that s is an
     average of decisions; lower it while tuning, as with `callback=lambda record: rule.anneal(0.98)`. In eval
-    mode, or at temperature zero (`harden()`), each sample takes one path to one decision; `evaluate`, and the
-    validation in `tune`, judge this tree. Weights start random from `seed`, thresholds at zero.
+    mode, or at temperature zero (`harden()`), each sample takes one path to one decision, NaN where x has a NaN;
+    `evaluate`, and the validation in `tune`, judge this tree. Weights start random from `seed`, thresholds at zero.
 
     >>> rule = TreeRule(torch.tensor([-1.0, 1.0]), inputs=1, depth=1)
     >>> rule.weights, rule.thresholds = torch.ones(1, 1), torch.tensor([0.5])
@@ -94,7 +94,9 @@ class TreeRule(DecisionRule):
         if flat.shape[1] != self.weights.shape[1]:
             raise ShapeError(f"x has {flat.shape[1]} entries per sample, but the tree takes {self.weights.shape[1]}")
         if self.hard:
-            return decisions[self.choices.argmax(-1)[self.leaf(flat)]]
+            s = decisions[self.choices.argmax(-1)[self.leaf(flat)]]
+            lost = torch.isnan(flat).any(1)  # every comparison with NaN is false: without this, a decision by chance
+            return torch.where(lost.reshape(-1, *[1] * (s.ndim - 1)), torch.nan, s) if bool(lost.any()) else s
         shares = torch.softmax(self.choices.to(flat.dtype) / self.temperature.to(flat.dtype), -1)
         return torch.einsum("bl,lk,k...->b...", self._leaf_probabilities(flat), shares, decisions)
 
