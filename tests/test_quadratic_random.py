@@ -109,12 +109,15 @@ def test_fuzz(path):
 @settings(max_examples=15, deadline=None)
 @given(structure, seed, st.sampled_from(["auto", "lanes"]))
 def test_other_samples_do_not_matter(k, number, path):
-    """In a batch with infeasible, unbounded and degenerate samples every sample is as if it were alone."""
+    """In a batch with infeasible, unbounded and degenerate samples every sample is as if it were alone.
+
+    Twice, since matrices of a batch of one are common to the batch, which "auto" solves in another way.
+    """
     of = family(k, path)
     data = draw(of, np.random.default_rng(number), 5, "mixed")
     together = of.solve(data)
     for i in range(5):
-        alone = of.solve({name: v[i : i + 1] for name, v in data.items()})
+        alone = of.solve({name: v[[i, i]] for name, v in data.items()})
         assert alone.status[0] == together.status[i]
         for ours, theirs in zip(alone.variables, together.variables):
             torch.testing.assert_close(ours[0], theirs[i], rtol=1e-12, atol=1e-12, equal_nan=True)
