@@ -163,8 +163,14 @@ def _spoil(rng, d):
 
 
 def optimality_error(d, s):
-    """Relative violation of the optimality conditions of one sample d at the point and multipliers s."""
+    """Relative violation of the optimality conditions of one sample d at the point and multipliers s.
+
+    Rows are judged in their own units, so that small ones count as much as large ones.
+    """
     x, terms, primal, sizes, gaps, signs = s["x"], [d["q"]], [0.0], [1.0, np.abs(s["x"]).max()], [0.0], [0.0]
+    rows = [(d["A"], d["b"], np.abs)] if "A" in d else []
+    rows += [(d["G"], d["h"], lambda v: v.clip(min=0))] if "G" in d else []
+    own = [positive(_units(M, M @ x - v)) / (sizes[0] + sizes[1] + np.abs(_units(M, v))) for M, v, positive in rows]
     if "F" in d:
         terms.append(d["F"].T @ (d["F"] @ x))
     if "A" in d:
@@ -185,7 +191,10 @@ def optimality_error(d, s):
         v = np.clip(pull, -d["w"], d["w"])
         pull = pull - v
         gaps.append(np.abs(d["w"] * np.abs(x) - v * x).max())
-    return max(max(primal) / max(sizes), np.abs(pull).max() / scale, max(signs) / scale, max(gaps) / max(sizes) / scale)
+    worst = max((v[np.abs(M).max(1) > 0].max(initial=0.0) for v, (M, _, _) in zip(own, rows)), default=0.0)
+    return max(
+        worst, max(primal) / max(sizes), np.abs(pull).max() / scale, max(signs) / scale, max(gaps) / max(sizes) / scale
+    )
 
 
 def _stacked(family, d):
@@ -206,17 +215,18 @@ def _stacked(family, d):
 
 
 def clarabel_verdict(family, d):
-    """Clarabel's status and objective value for one sample."""
+    """Clarabel's status and objective value for one sample, whose rows and cost it gets in comparable units."""
     P, q, A, b, G, h = _stacked(family, d)
     settings = clarabel.DefaultSettings()
     settings.verbose, settings.presolve_enable = False, False
     settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = 1e-9
     cones = [clarabel.ZeroConeT(len(b)), clarabel.NonnegativeConeT(len(h))]
     cones = [c for c, k in zip(cones, (len(b), len(h))) if k]
-    rows = sp.csc_matrix(np.vstack([A, G]))
-    upper = sp.csc_matrix(sp.triu(P))
-    found = clarabel.DefaultSolver(upper, q, rows, np.concatenate([b, h]), cones, settings).solve()
-    return str(found.status), found.obj_val
+    unit = max(np.abs(q).max(), abs(P).max(), 1e-300)
+    upper, rows = sp.csc_matrix(sp.triu(P) / unit), sp.csc_matrix(np.vstack([_unit(A), _unit(G)]))
+    right = np.concatenate([_units(A, b), _units(G, h)])
+    found = clarabel.DefaultSolver(upper, q / unit, rows, right, cones, settings).solve()
+    return str(found.status), found.obj_val * unit
 
 
 def highs_says_infeasible(family, d):

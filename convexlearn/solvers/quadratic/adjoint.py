@@ -152,7 +152,8 @@ def adjoint_solve(w, I, F):
                 store(F, d + i, where_gt(pinned, PINNED, 0.0, load(w, F, r + i)))
             solve_factored(w, I, F, d)
             for i in range(N):
-                store(F, y + i, load(w, F, y + i) + load(w, F, d + i))
+                x = load(w, F, y + i)
+                store(F, y + i, where_gt(worst, ROUNDING, x + load(w, F, d + i), x))
         repeat += 1
 
 

@@ -43,11 +43,14 @@ UNBOUNDED_CODE = 3.0
 
 @helper
 def farkas(w, I, F, sol):
-    """Largest |A'y + G'z - lower + upper| relative to -(b'y + h'z - l'lower + u'upper) at `sol`, and that."""
+    """Error of the duals in `sol` as a Farkas certificate, and -(b'y + h'z - l'lower + u'upper).
+
+    The error is |A'y + G'z - lower + upper| relative to the duals, divided by the value relative to its terms.
+    """
     n, N, c, d, on = index(I, N_X), index(I, N_K), index(I, C), index(I, T), index(I, ON)
     inequalities, lower, upper = index(I, N_IN), index(I, N_LO), index(I, N_UP)
     o, v = N - inequalities, index(I, CERT)
-    value = full(w, 0.0)
+    value, terms = full(w, 0.0), full(w, 0.0)
     for i in range(N):
         store(F, d + i, full(w, 0.0))
         dual = load(w, F, sol + i) if i >= n else full(w, 0.0)
@@ -65,7 +68,8 @@ def farkas(w, I, F, sol):
             k = d + index(I, index(I, I_UP) + i - N - lower)
             store(F, k, load(w, F, k) + dual)
         store(F, v + i, dual)
-        value = value - sign * dual * load(w, F, c + i)
+        term = sign * dual * load(w, F, c + i)
+        value, terms = value - term, vmax(terms, vabs(term))
     for k in range(index(I, N_BOTH)):
         i, at = index(I, index(I, I_BOTH) + 3 * k), N + index(I, index(I, I_BOTH) + 3 * k + 1)
         pull = where_gt(load(w, F, index(I, BASE) + i), PINNED, load(w, F, d + i), 0.0)
@@ -73,29 +77,37 @@ def farkas(w, I, F, sol):
         store(F, v + at, load(w, F, v + at) + vmax(pull, full(w, 0.0)))
         above = v + N + lower + index(I, index(I, I_BOTH) + 3 * k + 2)
         store(F, above, load(w, F, above) + vmax(0.0 - pull, full(w, 0.0)))
-        value = value + pull * load(w, F, c + at)
-    error = largest(w, F, d, n, full(w, 0.0)) / value  # equilibrated, since the caller's units are arbitrary
+        term = pull * load(w, F, c + at)
+        value, terms = value + term, vmax(terms, vabs(term))
+    # equilibrated, since the caller's units are arbitrary
+    size = largest(w, F, v + n, o + inequalities + lower + upper - n, full(w, 0.0))
+    error = largest(w, F, d, n, full(w, 0.0)) * terms / (value * size)
     return where_gt(value, 0.0, error, 1e300), value * load(w, F, index(I, UNIT))
 
 
 @helper
 def recession(w, I, F, sol):
-    """Largest error of x in `sol` as a direction of unbounded descent, relative to -(q'x + w'|x|), and that."""
+    """Error of x in `sol` as a direction of unbounded descent, and -(q'x + w'|x|).
+
+    The error is relative to x, divided by the value relative to its terms.
+    """
     n, N, c, d, on = index(I, N_X), index(I, N_K), index(I, C), index(I, T), index(I, ON)
     inequalities, lower, upper = index(I, N_IN), index(I, N_LO), index(I, N_UP)
     o, v = N - inequalities, index(I, CERT)
     zero = full(w, 0.0)
-    value = zero
+    value, terms, size = zero, zero, zero
     for i in range(N):
         store(F, d + i, zero)
         free = zero
         if i < n:
             free = where_gt(load(w, F, index(I, BASE) + i), PINNED, 0.0, load(w, F, sol + i))
-            value = value - free * load(w, F, c + i)
+            term = free * load(w, F, c + i)
+            value, terms, size = value - term, vmax(terms, vabs(term)), vmax(size, vabs(free))
         store(F, v + i, free)
     for j in range(index(I, N_ABS)):
         x = vabs(load(w, F, v + index(I, index(I, I_ABS) + j)))
-        value = value - x * load(w, F, c + N + lower + upper + j)
+        term = x * load(w, F, c + N + lower + upper + j)
+        value, terms = value - term, vmax(terms, term)
     multiply(w, I, F, v, d)
     error = largest(w, F, d, o, zero)
     for i in range(o, N):
@@ -105,7 +117,7 @@ def recession(w, I, F, sol):
         gap = load(w, F, v + k) * load(w, F, on + inequalities + j)
         error = vmax(error, 0.0 - gap if j < lower else gap)
     unit = load(w, F, index(I, UNIT)) / load(w, F, index(I, COST))
-    return where_gt(value, 0.0, error / value, 1e300), value * unit
+    return where_gt(value, 0.0, error * terms / (value * size), 1e300), value * unit
 
 
 @helper

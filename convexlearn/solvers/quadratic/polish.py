@@ -195,10 +195,9 @@ def refine(w, I, F, repeats):
         if repeat >= repeats or not any_gt(pending, ROUNDING):
             return worst
         solve_factored(w, I, F, d)
-        done = load(w, F, reg + DONE)
-        for i in range(N):
+        for i in range(N):  # lanes that have converged stay, so that no lane depends on its neighbours
             x = load(w, F, y + i)
-            store(F, y + i, where_gt(done, 0.5, x, x + load(w, F, d + i)))
+            store(F, y + i, where_gt(pending, ROUNDING, x + load(w, F, d + i), x))
         repeat += 1
 
 

@@ -66,7 +66,8 @@ class _Sample:
         norm = np.sqrt(np.bincount(program.A.rows, A[0] ** 2, minlength=program.m))
         slack = b[0] - self.constraints() @ x
         size_x, size_z = 1 + np.abs(x).max(initial=0.0), 1 + np.abs(q).max(initial=0.0)
-        active = z * norm**2 * size_x > slack * size_z
+        with np.errstate(over="ignore"):  # a point that diverged
+            active = z * norm**2 * size_x > slack * size_z
         active[: program.cones.zero] = True
         return active & (norm > 0)
 
