@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from convexlearn.errors import OptionError
 from convexlearn.layer import ConvexLayer
-from convexlearn.networks import mlp
+from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
 from convexlearn.problems.prices import ASSETS, monthly
 from convexlearn.report import new_axes, plot_history, plot_records
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.convex import ConvexRule
-from convexlearn.rules.neural import NeuralRule
 from convexlearn.simulate.backtest import Backtest, Holdings, Portfolio, growth
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.closed_loop import ClosedLoop
@@ -38,7 +37,7 @@ class Setting:
     fitted: int = 240
     trading: float = 0.001
     shorting: float = 0.001
-    rollouts: int = 2000
+    rollouts: int = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +74,7 @@ class Markowitz(nn.Module):
         super().__init__()
         values, vectors = torch.linalg.eigh(V)
         root = vectors * values.sqrt() @ vectors.mT
+        self.rule: ConvexRule
         self.rule = declare(mu.numpy(), root.numpy(), setting)
         self.start = _start(len(mu), setting)
 
@@ -139,7 +139,8 @@ def declare(mu: np.ndarray, S: np.ndarray, setting: Setting) -> ConvexRule:
     w, u, v = cp.Parameter(len(mu), name="w"), cp.Variable(len(mu), name="u"), cp.Variable(len(mu), name="v")
     objective, risk = _objective(v, mu, S)
     costs = setting.trading * cp.norm1(u) + setting.shorting * cp.sum(cp.neg(v))
-    problem = cp.Problem(cp.Maximize(objective), [v == w + u, cp.sum(u) + costs <= 0, *risk])
+    declared: list[Any] = [v == w + u, cp.sum(u) + costs <= 0, *risk]
+    problem = cp.Problem(cp.Maximize(objective), declared)
     return ConvexRule(problem, context=[w], decision=u)
 
 
@@ -156,7 +157,8 @@ def _start(n: int, setting: Setting) -> ConvexLayer:
     """mu, S, root_gamma -> the weights of the largest objective that sum to 1."""
     v = cp.Variable(n, name="v")
     objective, risk = _objective(v)
-    problem = cp.Problem(cp.Maximize(objective - setting.shorting * cp.sum(cp.neg(v))), [cp.sum(v) == 1, *risk])
+    declared: list[Any] = [cp.sum(v) == 1, *risk]
+    problem = cp.Problem(cp.Maximize(objective - setting.shorting * cp.sum(cp.neg(v))), declared)
     return ConvexLayer(problem, problem.parameters(), [v])
 
 
@@ -222,16 +224,15 @@ def build(seed: int, setting: Setting) -> Study:
     )  # fmt: skip
     equal = AffineRule(torch.zeros(n, n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64))
     affine = AffineRule(torch.zeros(n, n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64))
-    layers = mlp(n, n, hidden=(16,), seed=seed)
-    with torch.no_grad():
-        layers[-1].weight.mul_(0.01)  # starts near equal weights
-    network = NeuralRule(layers)
+    network = gentle_network(n, n, hidden=(16,), seed=seed, scale=0.01)
     convex = [Markowitz(mu, covariance, setting) for _ in range(3)]
+    convex[0].rule.freeze()
+    problem = convex[0].rule.problem()
     rates = {"rule.mu": 3e-3, "rule.S": 1e-2, "rule.root_gamma": 0.1}
     contenders = {
         "equal, held": Contender(Hold()),
         "equal, rebalanced": Contender(Target(equal.freeze(), setting)),
-        "untuned": Contender(_frozen(convex[0])),
+        "untuned": Contender(convex[0]),
         "published recipe": Contender(convex[1], published_recipe(market)),
         "tuned": Contender(convex[2], adam(market, 150, rates)),
         "affine": Contender(Target(affine, setting), adam(market, 300, {"rule": 1e-2})),
@@ -239,14 +240,9 @@ def build(seed: int, setting: Setting) -> Study:
     }
     measures = {"back-test utility": utility, "back-test growth": yearly_growth, "simulated utility": utility}
     return Study(
-        convex[0].rule.problem(), contenders, backtest, measures, samples=setting.rollouts,
+        problem, contenders, backtest, measures, samples=setting.rollouts,
         simulators={"simulated utility": market},
     )  # fmt: skip
-
-
-def _frozen(rule: Markowitz) -> Markowitz:
-    rule.rule.freeze()
-    return rule
 
 
 def misses(result: Result) -> list[str]:
