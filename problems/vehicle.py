@@ -28,7 +28,7 @@ LANE = 3.0
 """A vehicle farther than this from the lane's middle has left it [m]."""
 
 PUBLISHED = published.Run(steps=100, learning_rate=0.1, batch_size=1, test_size=4, clip=10.0)
-PUBLISHED_LOSSES = {0: 3.512, 1: 3.706, 5: 1.637, 97: 1.058, 99: 1.057}
+PUBLISHED_LOSSES = {0: 3.512, 4: 1.765, 5: 1.637, 97: 1.058, 99: 1.057}
 """Test loss before a step, as printed in the authors' notebook."""
 
 
