@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from convexlearn import checkpoint as checkpoints
 from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
-from convexlearn.evaluate import devices_of, evaluate, report_failures
+from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
 from convexlearn.history import History
 from convexlearn.objectives import Objective, judge, maximizes
@@ -194,7 +194,8 @@ class Descent:
             if bool(failed.all()) and not reported.masks:  # no solver is to blame
                 self.check_parameters()
                 raise _NotFinite(f"all decisions became NaN or infinite while tuning {', '.join(self.names)}")
-            report_failures(lost, len(failed), f"tune, step {self.step}", warn=not self.warned)
+            reasons = explanations(trajectory, labels)
+            report_failures(lost, len(failed), f"tune, step {self.step}", reasons, warn=not self.warned)
             self.warned = True
             trajectory = trajectory.select(~trajectory.failed)
         values = judge(self.objective, trajectory)

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
@@ -139,6 +139,7 @@ def evaluate(
     values: dict[str, list[Tensor]] = {name: [] for name in objectives}
     failed: list[Tensor] = []
     named: list[int] = []
+    reasons: list[str] = []
     with torch.no_grad(), _eval_mode(timed), isolated(seed, "evaluate", devices=devices_of(timed)):
         for trajectory, labels in _simulations(timed, simulator, samples, batch_size, seed):
             lost = trajectory.failed.cpu()
@@ -149,8 +150,9 @@ def evaluate(
                 values[name].append(row.new_full((len(lost),), math.nan).masked_scatter(~lost, row))
             failed.append(lost)
             named += labels[lost].tolist()
+            reasons += explanations(trajectory, labels)
     positions = torch.nonzero(torch.cat(failed)).flatten().tolist() if failed else []
-    report_failures(named, sum(map(len, failed)), "evaluate")
+    report_failures(named, sum(map(len, failed)), "evaluate", reasons)
     seconds = timed.seconds / timed.decisions if timed.decisions else math.nan
     results = {
         name: Evaluation(torch.cat(rows) if rows else torch.zeros(0), seconds, tuple(positions))
@@ -159,19 +161,28 @@ def evaluate(
     return results if isinstance(objective, Mapping) else results[""]
 
 
-def report_failures(named: list[int], total: int, where: str, *, warn: bool = True) -> None:
+def explanations(trajectory: Trajectory, labels: Tensor) -> list[str]:
+    """A line per failed sample where the simulator can tell when and why it failed."""
+    explain = getattr(trajectory, "explain", None)
+    return explain(labels.tolist()).splitlines() if explain is not None and bool(trajectory.failed.any()) else []
+
+
+def report_failures(
+    named: list[int], total: int, where: str, reasons: Sequence[str] = (), *, warn: bool = True
+) -> None:
     """Warn that some of `total` samples failed, naming them; raise SolverError when over half did."""
     if not named:
         return
     names = ", ".join(map(str, named[:10])) + (", ..." if len(named) > 10 else "")
     message = f"{where}: {len(named)} of {total} samples failed: {names}"
+    details = "".join(f"\n  {reason}" for reason in reasons[:3])
     if 2 * len(named) > total:
         raise SolverError(
             f"{message}; an average over fewer than half of the samples would mislead: check that the rule's "
-            "problem is feasible for these contexts (call the rule on one of them to see its status)"
+            f"problem is feasible for these contexts (call the rule on one of them to see its status){details}"
         )
     if warn:
-        warnings.warn(f"{message}; they are left out of the average", FailureWarning, stacklevel=3)
+        warnings.warn(f"{message}; they are left out of the average{details}", FailureWarning, stacklevel=3)
 
 
 def devices_of(module: nn.Module) -> tuple[torch.device, ...]:

@@ -15,6 +15,7 @@ class Failures:
 
     masks: list[Tensor] = field(default_factory=list)
     outer: "Failures | None" = None
+    causes: list[list[str]] = field(default_factory=list)
 
     def add(self, failed: Tensor) -> None:
         """Record a mask `failed` of the batch's shape, here and in the collectors around this one."""
@@ -22,6 +23,22 @@ class Failures:
             self.masks.append(failed.detach())
         if self.outer is not None:
             self.outer.add(failed)
+
+    def name(self, causes: list[str]) -> None:
+        """Record why samples failed, one text per sample, empty where it did not; here and around this one."""
+        self.causes.append(causes)
+        if self.outer is not None:
+            self.outer.name(causes)
+
+    def cause(self, sample: int, batch: int) -> str:
+        """The first cause recorded for a sample of the batch; empty where none can be told."""
+        for causes in self.causes:
+            if batch and len(causes) % batch == 0:
+                width = len(causes) // batch
+                named = [text for text in causes[sample * width : (sample + 1) * width] if text]
+                if named:
+                    return named[0]
+        return ""
 
     def mask(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """`(batch,)` True where a sample failed at least once; all of them if they cannot be told apart."""

@@ -174,8 +174,11 @@ class ConvexLayer(nn.Module):
                 InaccurateWarning,
                 stacklevel=3,
             )
-        if bool(failed.any()) and self.on_failure == "raise" and collector() is None:
-            raise SolverError(failure_text(failed, status, shape))
+        if bool(failed.any()) and self.on_failure == "raise":
+            active = collector()
+            if active is None:
+                raise SolverError(failure_text(failed, status, shape))
+            active.name([Status(k).name if lost else "" for k, lost in zip(status.tolist(), failed.tolist())])
 
     @property
     def solver(self) -> Solver:

@@ -1,3 +1,4 @@
+import math
 from typing import NamedTuple
 
 import cvxpy as cp
@@ -311,11 +312,50 @@ def test_policy_that_becomes_infeasible_is_named_with_its_step():
     loop = scalar_loop(lambda z, u, w: z + 0.5, [0.0, 1.2], 3)
     rollout = loop(rule, 2)
     assert rollout.failed.tolist() == [False, True]
-    assert rollout.explain().startswith("sample 1 failed at step 2: the rule found no decision")
+    assert rollout.explain() == (
+        "sample 1 failed at step 2: INFEASIBLE: the rule found no decision; soften its constraints, "
+        "or give the rule on_failure='fallback'"
+    )
+    assert rollout.causes == ("", "INFEASIBLE")
+    assert rollout.select(rollout.failed).explain([7]).startswith("sample 7 failed at step 2: INFEASIBLE")
     rollout.cost.sum().backward()
     assert torch.isfinite(rule.free["weight"].grad)
-    with pytest.warns(FailureWarning, match="1 of 3 samples failed: 1"):
+    named = "1 of 3 samples failed: 1; they are left out of the average\n  sample 1 failed at step 2: INFEASIBLE"
+    with pytest.warns(FailureWarning, match=named):
         evaluate(rule, scalar_loop(lambda z, u, w: z + 0.5, [0.0, 1.2, 0.1], 3), cost, samples=3)
+
+
+def test_a_warning_of_tune_names_sample_and_step():
+    rule = Growth()
+    loop = scalar_loop(exploding, [0.1, 800.0, 0.2], 2)
+    named = r"tune, step 0: 1 of 3 .*\n  sample 1 failed at step 0: the state diverged"
+    with pytest.warns(FailureWarning, match=named):
+        tune(rule, loop, cost, steps=1, batch_size=3, progress=False)
+
+
+def test_a_policy_in_patches_names_the_cause_of_its_sample():
+    """A rule that solves two problems per sample: the causes are found by sample."""
+    u, x = cp.Variable(), cp.Parameter(name="x")
+    inner = ConvexRule(cp.Problem(cp.Minimize(cp.square(u - x)), [x <= 1, u >= 0]), context=x, decision=u)
+    rollout = scalar_loop(lambda z, u, w: z, [0.0, 2.0, 1.0], 2)(
+        lambda x: inner(torch.cat([x, x - 1], 1).flatten()).reshape(-1, 2)[:, :1], 3
+    )
+    assert rollout.causes == ("", "INFEASIBLE", "")
+    assert rollout.failed.tolist() == [False, True, False]
+
+
+def test_two_rules_are_compared_by_pairs():
+    """On common random numbers the error of the difference is far below that of the means."""
+    P = dare(A, B, EYE, SMALL)
+    loop = loop_of(PLANT, 20, terminal_cost=lambda z: ((z @ P) * z).sum(-1))  # with it the stationary LQR is optimal
+    good, near = LQR(A, B, EYE, SMALL), LQR(A, B, EYE, 4 * SMALL)
+    first, second = (evaluate(rule, loop, cost, samples=200) for rule in (near, good))
+    difference = first - second
+    assert difference.standard_error < 0.2 * math.hypot(first.standard_error, second.standard_error)
+    assert difference.mean > 3 * difference.standard_error
+    assert difference.mean == pytest.approx(first.mean - second.mean, rel=1e-9)
+    with pytest.raises(ShapeError, match="200 and 3 samples have no common random numbers"):
+        first - evaluate(good, loop, cost, samples=3)
 
 
 def test_empty_batch_and_repr():

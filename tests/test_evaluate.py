@@ -113,3 +113,16 @@ def test_bad_options():
         evaluate(nn.Identity(), PAIRS, squared_error, samples=7)
     with pytest.raises(OptionError, match="batch_size must be at least 1"):
         evaluate(nn.Identity(), PAIRS, squared_error, batch_size=0)
+
+
+def test_median_and_its_error():
+    """The error is 1.2533 sigma / sqrt(N) for a normal sample; one outlier changes nothing."""
+    values = torch.randn(10_001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    evaluation = Evaluation(values)
+    assert abs(evaluation.median) < 4 * evaluation.median_error
+    assert abs(evaluation.median_error / (1.2533 / 100) - 1) < 0.15
+    spoilt = Evaluation(torch.cat([values[:-1], torch.tensor([1e12, math.nan]).double()]), failed=(10_001,))
+    assert abs(spoilt.median - evaluation.median) < 0.01
+    assert math.isnan(Evaluation(torch.ones(1)).median_error)
+    difference = spoilt - Evaluation(torch.zeros(10_002), failed=(3,))
+    assert difference.failed == (3, 10_001)

@@ -1,8 +1,24 @@
 """Simulators: where a tuned rule must operate."""
 
 from convexlearn.simulate import plants
+from convexlearn.simulate.backtest import Backtest, Holdings, Portfolio
 from convexlearn.simulate.base import FiniteSimulator, Simulator, Trajectory
 from convexlearn.simulate.closed_loop import ClosedLoop, Rollout
+from convexlearn.simulate.gymnasium import EnvironmentRollouts, Episodes, environment
 from convexlearn.simulate.pairs import Pairs
 
-__all__ = ["ClosedLoop", "FiniteSimulator", "Pairs", "Rollout", "Simulator", "Trajectory", "plants"]
+__all__ = [
+    "Backtest",
+    "ClosedLoop",
+    "EnvironmentRollouts",
+    "Episodes",
+    "FiniteSimulator",
+    "Holdings",
+    "Pairs",
+    "Portfolio",
+    "Rollout",
+    "Simulator",
+    "Trajectory",
+    "environment",
+    "plants",
+]

@@ -1,8 +1,8 @@
 """Closed loop: a rule acts on a plant that answers, step after step."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ BATCH_SIZE = 64
 """Number of rollouts when the caller names none."""
 
 REASONS = (
-    "the rule found no decision; relax its constraints (soft ones stay feasible) or give it a fallback",
+    "the rule found no decision; soften its constraints, or give the rule on_failure='fallback'",
     "the decision is NaN or infinite; check the rule at the recorded context",
     "the state diverged; the rule does not stabilize the plant from there",
     "the cost is NaN or infinite; check stage_cost and terminal_cost",
@@ -31,23 +31,35 @@ class Rollout(Trajectory):
 
     failed_at: `(B,)` the step at which a sample failed, T where none did. reason: `(B,)` which of REASONS.
     Rows of failed samples are finite, and the loop restarted from the first state after the failure.
+    causes: by sample, the solver's status where the rule found no decision.
     """
 
     failed_at: Tensor = None  # type: ignore[assignment]
     reason: Tensor = None  # type: ignore[assignment]
+    causes: tuple[str, ...] = ()
 
-    def explain(self) -> str:
-        """One line per failed sample: where, why and what to do.
+    def explain(self, labels: Sequence[int] | None = None) -> str:
+        """One line per failed sample: where, why and what to do; `labels` are the samples' names.
 
         >>> step, failed = torch.tensor([3]), torch.tensor([True])
         >>> s = torch.zeros(1, 5, 1)
         >>> print(Rollout(s, s, failed=failed, failed_at=step, reason=torch.tensor([2])).explain())
         sample 0 failed at step 3: the state diverged; the rule does not stabilize the plant from there
         """
-        rows = torch.nonzero(self.failed).flatten().tolist()
-        return "\n".join(
-            f"sample {i} failed at step {int(self.failed_at[i])}: {REASONS[int(self.reason[i])]}" for i in rows
-        )
+        lines = []
+        for i in torch.nonzero(self.failed).flatten().tolist():
+            cause = f"{self.causes[i]}: " if self.causes and self.causes[i] else ""
+            name = i if labels is None else labels[i]
+            step, reason = int(self.failed_at[i]), REASONS[int(self.reason[i])]
+            lines.append(f"sample {name} failed at step {step}: {cause}{reason}")
+        return "\n".join(lines)
+
+    def select(self, samples: Tensor) -> "Rollout":
+        """The rollouts of some samples only (a mask `(B,)` or indices)."""
+        chosen = torch.arange(len(self))[samples.cpu()].tolist()
+        causes = tuple(self.causes[i] for i in chosen) if self.causes else ()
+        picked = super(Rollout, replace(self, causes=())).select(samples)
+        return replace(picked, causes=causes)  # pyright: ignore[reportReturnType]
 
 
 class ClosedLoop:
@@ -157,6 +169,7 @@ class _Run:
         self.poisonous = torch.zeros_like(self.failed)  # NaN or infinite, which survives a product with zero
         self.failed_at = torch.full_like(self.failed, loop.horizon, dtype=torch.long)
         self.reason = torch.zeros_like(self.failed_at)
+        self.causes = [""] * batch
         self.restart = _map(lambda part: torch.nan_to_num(part.detach(), nan=0.0, posinf=0.0, neginf=0.0), z)
         self.contexts, self.decisions, self.costs = [], [], []
         self.states = [self._settle(z, 0)]
@@ -179,7 +192,10 @@ class _Run:
         for part in _parts(u, "the rule's decision"):
             _check_batch(part, self.batch, "the rule's decision")
         if failures.masks:
-            self._mark(failures.mask(self.batch, self.failed.device), t, 0)
+            lost = failures.mask(self.batch, self.failed.device)
+            for i in torch.nonzero(lost & ~self.failed).flatten().tolist():
+                self.causes[i] = failures.cause(i, self.batch)
+            self._mark(lost, t, 0)
         u = self._clean(u, t, 1)
         self.costs.append(self._cost(loop.stage_cost, t, z, u))
         following = loop.plant(z, u, w)
@@ -198,7 +214,7 @@ class _Run:
             old = _map(torch.detach, record)
             record = old if bool(self.failed.all()) else _where(self.failed, old, new)
         x, u, z, cost = record
-        return Rollout(x, u, z, None, cost, self.failed, self.failed_at, self.reason)
+        return Rollout(x, u, z, None, cost, self.failed, self.failed_at, self.reason, tuple(self.causes))
 
     def _record(self) -> tuple[Any, Any, Any, Tensor]:
         """Context, decision, state and cost, time on axis 1."""
@@ -241,10 +257,6 @@ class _Run:
         self.failed = self.failed | new
         self.failed_at = torch.where(new, t, self.failed_at)
         self.reason = torch.where(new, reason, self.reason)
-
-    def _check_decision(self, u: Any) -> None:
-        for part in _parts(u, "the rule's decision"):
-            _check_batch(part, self.batch, "the rule's decision")
 
     def _check_state(self, new: Any, old: Any) -> None:
         shapes = [[tuple(part.shape) for part in _parts(z, "plant(z, u, w)")] for z in (new, old)]
