@@ -15,6 +15,8 @@ from convexlearn.solvers.quadratic.layout import (
     I_CI,
     I_CP,
     I_CS,
+    I_EI,
+    I_EJ,
     I_KI,
     I_KP,
     I_KS,
@@ -26,10 +28,14 @@ from convexlearn.solvers.quadratic.layout import (
     I_RK,
     I_RP,
     LX,
+    N_BORDER,
+    N_ENTRY,
     N_K,
+    N_PLUS,
     N_X,
     PINNED,
     PIVOT,
+    SIZES,
     WD,
     Layout,
     T,
@@ -47,6 +53,29 @@ def symbolic(box: BoxProgram) -> Layout:
     N = n + rows + inequalities
     i = np.concatenate([box.P.rows, box.A.rows + n, box.G.rows + n + rows]).astype(np.int64)
     j = np.concatenate([box.P.cols, box.A.cols, box.G.cols]).astype(np.int64)
+    indices = matrix_indices(i, j, N, n)
+    nonzeros = len(indices["I_LI"])
+    both, at_lower, at_upper = np.intersect1d(box.lower, box.upper, return_indices=True)
+    indices |= {"I_LO": box.lower, "I_UP": box.upper, "I_ABS": box.absolute}
+    indices |= {"I_BOTH": np.stack([both, at_lower, at_upper], 1).ravel()}
+    lower, upper, absolute = len(box.lower), len(box.upper), len(box.absolute)
+    pairs = inequalities + lower + upper + 2 * absolute
+    counts = (n, rows, inequalities, lower, upper, absolute, N, pairs, nonzeros, len(i), box.P.nnz, len(both), n, 0)
+    nP, nA = box.P.nnz, box.A.nnz
+    # slot of each field P, q, w, A, b, G, h, l, u relative to the data entries, then its length
+    vectors = len(i) + np.cumsum([0, n, rows, inequalities, lower, upper])
+    q, b, h, l, u, w = vectors
+    starts = [0, q, w, nP, b, nP + nA, h, l, u]
+    lengths = [nP, n, absolute, nA, rows, box.G.nnz, inequalities, lower, upper]
+    indices["I_FIELD"] = np.array(starts + lengths)
+    return arrange(dict(zip(SIZES, counts, strict=True)), indices)
+
+
+def matrix_indices(i: np.ndarray, j: np.ndarray, N: int, n: int) -> dict[str, np.ndarray]:
+    """Ordering, pattern of L, and index arrays of the symmetric matrix of order N with stored entries (i, j).
+
+    Entries of columns below n must come first; `multiply` walks through them column by column.
+    """
     pattern = sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
     order = minimum_degree(pattern)
     columns = column_patterns(pattern, order)
@@ -59,24 +88,9 @@ def symbolic(box: BoxProgram) -> Layout:
     low, high = np.maximum(position[i], position[j]), np.minimum(position[i], position[j])
     by_column = np.lexsort((low, high))
     indices |= {"I_KP": _pointers(high, N), "I_KI": low[by_column], "I_KS": by_column}
-    by_variable = np.lexsort((i, j))
-    indices |= {"I_CP": _pointers(j, n), "I_CI": i[by_variable], "I_CS": by_variable}
-    both, at_lower, at_upper = np.intersect1d(box.lower, box.upper, return_indices=True)
-    indices |= {"I_LO": box.lower, "I_UP": box.upper, "I_ABS": box.absolute}
-    indices |= {"I_BOTH": np.stack([both, at_lower, at_upper], 1).ravel()}
-    lower, upper, absolute = len(box.lower), len(box.upper), len(box.absolute)
-    pairs = inequalities + lower + upper + 2 * absolute
-    nonzeros = sum(len(c) for c in columns)
-    counts = (n, rows, inequalities, lower, upper, absolute, N, pairs, nonzeros, len(i), box.P.nnz, len(both))
-    names = ["N_X", "N_EQ", "N_IN", "N_LO", "N_UP", "N_ABS", "N_K", "N_PAIR", "N_L", "N_ENTRY", "N_P", "N_BOTH"]
-    nP, nA = box.P.nnz, box.A.nnz
-    # slot of each field P, q, w, A, b, G, h, l, u relative to the data entries, then its length
-    vectors = len(i) + np.cumsum([0, n, rows, inequalities, lower, upper])
-    q, b, h, l, u, w = vectors
-    starts = [0, q, w, nP, b, nP + nA, h, l, u]
-    lengths = [nP, n, absolute, nA, rows, box.G.nnz, inequalities, lower, upper]
-    indices["I_FIELD"] = np.array(starts + lengths)
-    return arrange(dict(zip(names, counts, strict=True)), indices)
+    own = np.flatnonzero(j < n)
+    by_variable = own[np.lexsort((i[own], j[own]))]
+    return indices | {"I_CP": _pointers(j[own], n), "I_CI": i[by_variable], "I_CS": by_variable}
 
 
 def minimum_degree(pattern: sp.csr_array) -> np.ndarray:
@@ -272,7 +286,7 @@ def inverse_pivot(w, F, d, weight, sign):
 @helper
 def factor(w, I, F):
     """Left-looking LDL' of K with diagonal WD (N slots, original order) into LX and PIVOT."""
-    n, N, data, wd, t = index(I, N_X), index(I, N_K), index(I, DATA), index(I, WD), index(I, T)
+    plus, N, data, wd, t = index(I, N_PLUS), index(I, N_K), index(I, DATA), index(I, WD), index(I, T)
     lp, li, lx, pivot = index(I, I_LP), index(I, I_LI), index(I, LX), index(I, PIVOT)
     rp, rk, rd, rc = index(I, I_RP), index(I, I_RK), index(I, I_RD), index(I, I_RC)
     kp, ki, ks, perm = index(I, I_KP), index(I, I_KI), index(I, I_KS), index(I, I_PERM)
@@ -289,7 +303,7 @@ def factor(w, I, F):
             store(F, i, load(w, F, i) + load(w, F, data + index(I, ks + e)))
         for r in range(index(I, rp + j), index(I, rp + j + 1)):
             subtract(w, I, F, lp, li, lx, pivot, t, index(I, rk + r), index(I, rd + r), index(I, rc + r))
-        sign = 1.0 if unknown < n else -1.0
+        sign = 1.0 if unknown < plus else -1.0
         store(F, pivot + j, inverse_pivot(w, F, load(w, F, t + j), weight, sign))
         for p in range(first, last):
             store(F, lx + p, load(w, F, t + index(I, li + p)))
@@ -330,3 +344,8 @@ def multiply(w, I, F, v, r):
             if i != j:
                 store(F, r + i, load(w, F, r + i) + a * x)
         store(F, r + j, load(w, F, r + j) + total)
+    first = index(I, N_ENTRY)
+    for e in range(first, first + index(I, N_BORDER)):
+        i, j, a = index(I, index(I, I_EI) + e), index(I, index(I, I_EJ) + e), load(w, F, data + e)
+        store(F, r + i, load(w, F, r + i) + a * load(w, F, v + j))
+        store(F, r + j, load(w, F, r + j) + a * load(w, F, v + i))
