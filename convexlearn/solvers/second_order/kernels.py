@@ -123,7 +123,7 @@ def solve_block(w, I, F, options):
             open_lanes = (1.0 - load(w, F, reg + DONE)) * where_gt(load(w, F, reg + CODE), 0.5, 0.0, full(w, 1.0))
             store(F, reg + ACTIVE, open_lanes)
             tolerance = get(options, HAND_OVER) if attempt == 1 else FLOOR * get(options, TOLERANCE)
-            interior(w, I, F, tolerance, limit, attempt)
+            interior(w, I, F, tolerance, limit, attempt - 1)
             guess(w, I, F)
         if polish(w, I, F, rounds):
             return
