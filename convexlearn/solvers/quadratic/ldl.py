@@ -71,13 +71,20 @@ def symbolic(box: BoxProgram) -> Layout:
     return arrange(dict(zip(SIZES, counts, strict=True)), indices)
 
 
-def matrix_indices(i: np.ndarray, j: np.ndarray, N: int, n: int) -> dict[str, np.ndarray]:
-    """Ordering, pattern of L, and index arrays of the symmetric matrix of order N with stored entries (i, j).
+def symmetric_pattern(i: np.ndarray, j: np.ndarray, N: int) -> sp.csr_array:
+    """The matrix of order N with entries wherever (i, j) or (j, i) is stored."""
+    return sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
 
-    Entries of columns below n must come first; `multiply` walks through them column by column.
+
+def matrix_indices(
+    i: np.ndarray, j: np.ndarray, N: int, n: int, order: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Index arrays of L and of the symmetric matrix of order N with stored entries (i, j), those of columns < n first.
+
+    order: elimination order (N,), None for minimum degree.
     """
-    pattern = sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
-    order = minimum_degree(pattern)
+    pattern = symmetric_pattern(i, j, N)
+    order = minimum_degree(pattern) if order is None else order
     columns = column_patterns(pattern, order)
     post = postorder(columns)
     order = order[post]
@@ -93,19 +100,23 @@ def matrix_indices(i: np.ndarray, j: np.ndarray, N: int, n: int) -> dict[str, np
     return indices | {"I_CP": _pointers(j[own], n), "I_CI": i[by_variable], "I_CS": by_variable}
 
 
-def minimum_degree(pattern: sp.csr_array) -> np.ndarray:
-    """Elimination order (N,) by approximate minimum degree on the quotient graph (Amestoy, Davis, Duff 1996)."""
+def minimum_degree(pattern: sp.csr_array, stage: np.ndarray | None = None) -> np.ndarray:
+    """Elimination order (N,) by approximate minimum degree on the quotient graph (Amestoy, Davis, Duff 1996).
+
+    stage: (N,) integers; unknowns of a lower stage come first.
+    """
     N = pattern.shape[0]
     graph = _QuotientGraph(pattern)
-    heap = [(graph.degree[v], v) for v in range(N)]
+    turn = [0] * N if stage is None else stage.tolist()
+    heap = [(turn[v], graph.degree[v], v) for v in range(N)]
     heapq.heapify(heap)
     order: list[int] = []
     while heap:
-        degree, pivot = heapq.heappop(heap)
+        _, degree, pivot = heapq.heappop(heap)
         if pivot in graph.members and degree == graph.degree[pivot]:
             order += graph.members.pop(pivot)
             for v in graph.eliminate(pivot):
-                heapq.heappush(heap, (graph.degree[v], v))
+                heapq.heappush(heap, (turn[v], graph.degree[v], v))
     return np.array(order, dtype=np.int64)
 
 
@@ -213,15 +224,18 @@ def _pointers(columns: np.ndarray, count: int) -> np.ndarray:
 
 
 def _factor_indices(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """L by column, and by row the groups of 4, 2 or 1 columns of one supernode that update the row.
+    """L by column, and by row the groups of 4, 2 or 1 neighbouring columns that update the row.
 
-    A group is (first column, distance of its entries from the end of each column, count).
+    A group is (first column, distance of its entries from the end of each column, count). Its columns
+    have the same rows from there on: they form a supernode, or are independent with equal structure.
     """
     N = len(columns)
     lengths = np.array([len(c) for c in columns], dtype=np.int64)
     parent = np.array([c[0] if len(c) else -1 for c in columns], dtype=np.int64)
-    follows = np.zeros(N, dtype=bool)  # column j has the structure of column j - 1 without j
+    follows = np.zeros(N, dtype=bool)  # column j has the structure of column j - 1, without j
     follows[1:] = (parent[:-1] == np.arange(1, N)) & (lengths[:-1] == lengths[1:] + 1)
+    for j in np.flatnonzero((parent[:-1] == parent[1:]) & (lengths[:-1] == lengths[1:]) & (parent[1:] >= 0)) + 1:
+        follows[j] = follows[j] or np.array_equal(columns[j - 1], columns[j])
     node = np.cumsum(~follows)
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *columns])
     cols = np.repeat(np.arange(N), lengths)

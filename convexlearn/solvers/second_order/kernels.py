@@ -69,6 +69,7 @@ from convexlearn.solvers.second_order.polish import guess, polish
 from convexlearn.solvers.second_order.weights import face_weights, interior_weights
 
 FLOOR = 0.1
+ENTRIES = 0b0101  # P and A
 
 
 @helper
@@ -172,7 +173,8 @@ def solve_range(w, I, fields, shared, order, first, last, options, point, out, i
         reset(w, I, F, options)
         load_data(w, I, F, fields, shared, order, block)
         drop_absent(w, I, F)
-        find_factors(w, I, F)
+        if block == first or shared & ENTRIES != ENTRIES:
+            find_factors(w, I, F)
         apply_factors(w, I, F)
         if get(options, WARM) > 0.5:
             load_warm(w, I, F, point, order, block)

@@ -15,7 +15,7 @@ from convexlearn.solvers.second_order import layout
 
 LANES = 8  # divides parallel.BLOCK
 REGULARIZATION = 1e-7
-HAND_OVER = 1e-5  # relative residual at which the polish is tried first
+HAND_OVER = 1e-4  # relative residual at which the polish is tried first
 POLISH_ROUNDS = 8
 ITERATION_LIMIT = 100
 

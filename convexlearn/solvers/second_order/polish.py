@@ -106,7 +106,8 @@ def refine(w, I, F):
         index(I, C),
         index(I, REG),
     )
-    shift_x, shift_y = load(w, F, reg + REG_X), load(w, F, reg + REG_Y)
+    shift_x, shift_y, before = load(w, F, reg + REG_X), load(w, F, reg + REG_Y), load(w, F, reg + VIOLATION)
+    goal = vmax(where_gt(before, 1.0, 1.0, before * before) * 1e-3, full(w, ROUNDING))  # Newton's own error
     repeat = 0
     while True:
         for i in range(N):
@@ -124,8 +125,8 @@ def refine(w, I, F):
             elif i >= plus and i < plus + index(I, N_ROW):
                 primal = vmax(primal, vabs(x))
         worst = vmax(primal / load(w, F, reg + SIZE_P), dual / load(w, F, reg + SIZE_D))
-        pending = where_gt(load(w, F, reg + DONE), 0.5, 0.0, worst)
-        if repeat >= REFINEMENTS or (repeat > 0 and not any_gt(pending, ROUNDING)):
+        pending = where_gt(load(w, F, reg + DONE), 0.5, 0.0, worst - goal)
+        if repeat >= REFINEMENTS or (repeat > 0 and not any_gt(pending, 0.0)):
             return worst
         solve_factored(w, I, F, d)
         done = load(w, F, reg + DONE)
