@@ -13,7 +13,7 @@ from convexlearn.program.reduce import Arrays
 from convexlearn.solvers.quadratic.layout import Layout
 from convexlearn.solvers.second_order import layout
 
-LANES = 8  # divides parallel.BLOCK
+LANES = 8  # samples side by side, and samples of one task: threads start late after a pause
 REGULARIZATION = 1e-7
 HAND_OVER = 1e-4  # relative residual at which the polish is tried first
 POLISH_ROUNDS = 8
@@ -74,7 +74,7 @@ def solve(
     options = np.array(settings, dtype=np.float64)
     point = np.zeros(0) if warm is None else np.nan_to_num(warm).reshape(-1)
     out, info = np.zeros((batch, program.n + program.m)), np.zeros((batch, 4))
-    state = np.zeros(len(order) * plan.state)
+    state = (np.empty if deadline == np.inf else np.zeros)(len(order) * plan.state)
     flat, report = out.reshape(-1), info.reshape(-1)
 
     def task(start: int, stop: int, _: int) -> None:
@@ -84,7 +84,7 @@ def solve(
                 (0,) * LANES, plan.header, fields, shared, order, *blocks, options, point, flat, report, state
             )
 
-    run(task, batch, threads)
+    run(task, batch, threads, LANES)
     x, z = np.ascontiguousarray(out[:, : program.n]), np.ascontiguousarray(out[:, program.n :])
     codes, iterations = info[:, 0].astype(np.int64), info[:, 1].astype(np.int64)
     return LanesResult(plan, x, z, codes, iterations, info[:, 3] > 0.5, order, options, state)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.program.program import SOLVED_RESIDUAL, Cones, Program, ProgramData, Solution, Status
-from convexlearn.program.reduce import Arrays
-from convexlearn.solvers.base import Options, warn_adjoint
-from convexlearn.solvers.quadratic.paths import adjoint_residuals, gradients
+from convexlearn.program.program import CPU, SOLVED_RESIDUAL, Cones, Program, ProgramData, Solution, as_array
+from convexlearn.solvers.base import ADJOINT_TOLERANCE, Options, warn_adjoint
+from convexlearn.solvers.quadratic.paths import gradients
 from convexlearn.solvers.second_order.certificates import residuals, statuses
 
 
@@ -43,6 +42,7 @@ class SecondOrder:
     name: ClassVar[str] = "socp"
     options: ClassVar[type[Options]] = SecondOrderOptions
     native_objective: ClassVar[bool] = True
+    takes_arrays: ClassVar[bool] = True
 
     def supports(self, program: Program) -> str | None:
         """Zero, nonnegative and second-order cones."""
@@ -55,7 +55,6 @@ class SecondOrder:
         from convexlearn.solvers.second_order import lanes
 
         settings = options if isinstance(options, SecondOrderOptions) else SecondOrderOptions(**vars(options))
-        arrays = _arrays(data)
         if not data.batch:
             integers, numbers = data.q.new_zeros(0, dtype=torch.int64), data.q.new_zeros(0)
             x, z = data.q.new_zeros(0, program.n), data.q.new_zeros(0, program.m)
@@ -63,67 +62,53 @@ class SecondOrder:
         usable = warm is not None and warm.x.shape == (data.batch, program.n)
         result = lanes.solve(
             program,
-            arrays,
+            data.arrays,
             data.batch,
             tolerance=settings.tolerance,
             max_iterations=settings.max_iterations,
-            warm=np.concatenate([_numpy(warm.x), _numpy(warm.z)], 1) if warm is not None and usable else None,
+            warm=np.concatenate(warm.arrays, 1) if warm is not None and usable else None,
             threads=settings.threads,
             deadline=np.inf if settings.time_limit is None else time.monotonic() + settings.time_limit,
         )
-        solution = result.x, result.z
-        residual = residuals(program, arrays, solution, settings.threads)
-        status, iterations = np.zeros(data.batch, dtype=np.int64), result.iterations
-        if result.codes.any() or not (residual <= SOLVED_RESIDUAL).all():
-            status, residual = statuses(program, arrays, solution, residual, result.codes)
-        tensors = (torch.from_numpy(v) for v in (*solution, status, iterations, residual))
-        if data.q.device.type != "cpu":
-            tensors = (t.to(data.q.device) for t in tensors)
-        return Solution(program, data, *tensors, private=_State(result, settings.threads, data, arrays))
+        point = result.x, result.z
+        residual = residuals(program, data.arrays, point, settings.threads)
+        status, solved = np.zeros(data.batch, dtype=np.int64), not result.codes.any()
+        if not (solved and residual.max() <= SOLVED_RESIDUAL):
+            solved = False
+            status, residual = statuses(program, data.arrays, point, residual, result.codes)
+        found = (*point, status, result.iterations, residual)
+        if data.device != CPU:
+            found = tuple(torch.from_numpy(v).to(data.device) for v in found)
+        private = _State(result, settings.threads)
+        return Solution(program, data, *found, private=private, all_solved=True if solved else None)
 
-    def adjoint(self, solution: Solution, dx: Tensor, dz: Tensor) -> ProgramData:
+    def adjoint(self, solution: Solution, dx: Tensor | np.ndarray, dz: Tensor | np.ndarray) -> ProgramData:
         """Gradients of the data: the adjoint of the optimality conditions on the face."""
         from convexlearn.solvers.second_order import lanes
 
-        program, batch = solution.program, solution.data.batch
-        if not batch:
-            return ProgramData(*(torch.zeros_like(f) for f in solution.data.fields()), batch=0)
+        program, data = solution.program, solution.data
+        if not data.batch:
+            return ProgramData(*(torch.zeros_like(f) for f in data.fields()), batch=0)
         state: _State = solution.private
-        arrays = state.arrays if state.data is solution.data else _arrays(solution.data)
-        x, z, up_x, up_z = (_numpy(v) for v in (solution.x, solution.z, dx, dz))
-        ok = _numpy(solution.status) <= Status.INACCURATE
-        if not ok.all():
-            x, z, up_x, up_z = (np.where(ok[:, None], v, 0.0) for v in (x, z, up_x, up_z))
-        adjoint = lanes.adjoint(state.result, up_x, up_z, state.threads)
-        if not ok.all():
-            for v in adjoint:
-                v[~ok] = 0.0
-        found = gradients(program, arrays, (x, z), adjoint, state.threads)
-        missed = adjoint_residuals(program, arrays, (up_x, up_z), adjoint, state.threads)
-        warn_adjoint(np.where(ok, missed, 0.0))
-        sums = (g.sum(0, keepdims=True) if len(f) == 1 and len(g) != 1 else g for f, g in zip(arrays, found))
-        fields = (torch.from_numpy(g) for g in sums)
-        if dx.device.type != "cpu":
-            fields = (g.to(dx.device) for g in fields)
-        return ProgramData(*fields, batch=batch)
+        point, up, ok = solution.arrays, (as_array(dx), as_array(dz)), None
+        if not solution.all_solved:
+            ok = as_array(solution.ok)[:, None]
+            point, up = ((np.where(ok, v[0], 0.0), np.where(ok, v[1], 0.0)) for v in (point, up))
+        adjoint = lanes.adjoint(state.result, *up, state.threads)
+        if ok is not None:
+            adjoint = np.where(ok, adjoint[0], 0.0), np.where(ok, adjoint[1], 0.0)
+        found, residual = gradients(program, data.arrays, point, up, adjoint, threads=state.threads)
+        if not residual.max() <= ADJOINT_TOLERANCE:
+            warn_adjoint(residual)
+        found = [g.sum(0, keepdims=True) if len(f) == 1 != len(g) else g for f, g in zip(data.arrays, found)]
+        if data.device != CPU:
+            return ProgramData(*(torch.from_numpy(g).to(data.device) for g in found), batch=data.batch)
+        return ProgramData(*found, batch=data.batch)
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What the adjoint needs; `arrays` are those of `data`."""
+    """What the adjoint needs."""
 
     result: Any
     threads: int | None
-    data: ProgramData
-    arrays: Arrays
-
-
-def _numpy(v: Tensor) -> np.ndarray:
-    """A contiguous array that shares memory with a tensor where it can."""
-    if v.device.type == "cpu" and v.is_contiguous():
-        return v.detach().numpy()
-    return np.ascontiguousarray(v.detach().cpu().numpy())
-
-
-def _arrays(data: ProgramData) -> Arrays:
-    return _numpy(data.P), _numpy(data.q), _numpy(data.A), _numpy(data.b)
