@@ -50,12 +50,12 @@ def family(
 
 
 def clarabel_solution(program: Program, data: ProgramData, k: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Clarabel's status, x and z of sample k at 1e-12."""
+    """Clarabel's status, x and z of sample k at 1e-10."""
     P, q, A, b = (f[k if len(f) > 1 else 0].numpy() for f in data.fields())
     cones = program.cones
     settings = clarabel.DefaultSettings()
     settings.verbose = False
-    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-12
+    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
     kinds = [clarabel.ZeroConeT(cones.zero), clarabel.NonnegativeConeT(cones.nonneg)]
     kinds += [clarabel.SecondOrderConeT(d) for d in cones.soc]
     found = clarabel.DefaultSolver(
@@ -68,3 +68,18 @@ def objective(program: Program, data: ProgramData, k: int, x: np.ndarray) -> flo
     """The objective of sample k at x."""
     upper = program.P.dense(data.P)[k].numpy()
     return float(0.5 * x @ (upper + upper.T - np.diag(np.diag(upper))) @ x + data.q[k].numpy() @ x)
+
+
+def kkt_error(program: Program, data: ProgramData, k: int, x: np.ndarray, z: np.ndarray) -> float:
+    """Largest violation of the optimality conditions of sample k, computed densely and independently."""
+    upper, A = program.P.dense(data.P)[k].numpy(), program.A.dense(data.A)[k].numpy()
+    P = upper + upper.T - np.diag(np.diag(upper))
+    s = data.b[k].numpy() - A @ x
+    errors = [np.abs(P @ x + data.q[k].numpy() + A.T @ z).max(), abs(s @ z)]
+    first = program.cones.zero + program.cones.nonneg
+    errors.append(np.abs(s[: program.cones.zero]).max(initial=0.0))
+    errors += [-v[program.cones.zero : first].min(initial=0.0) for v in (s, z)]
+    for d in program.cones.soc:
+        errors += [np.linalg.norm(v[first + 1 : first + d]) - v[first] for v in (s, z)]
+        first += d
+    return max(errors)

@@ -52,7 +52,7 @@ def recession(program: Program, data: tuple, x: torch.Tensor, z: torch.Tensor) -
 
 def outside(cones: Cones, v: torch.Tensor, free: bool) -> torch.Tensor:
     """How far v (k, m) is outside K (the zero cone's rows count as free in K*): violations (k,) in the max norm."""
-    split = (cones.zero, cones.nonneg, *cones.soc)
+    split = [cones.zero, cones.nonneg, *cones.soc]
     zero, nonneg, *rest = torch.split(v, split, dim=1)
     parts = [v.new_zeros(len(v), 1), -nonneg, *(c[:, 1:].norm(dim=1, keepdim=True) - c[:, :1] for c in rest)]
     if not free:
