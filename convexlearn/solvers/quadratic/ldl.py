@@ -77,11 +77,20 @@ def symmetric_pattern(i: np.ndarray, j: np.ndarray, N: int) -> sp.csr_array:
 
 
 def matrix_indices(
-    i: np.ndarray, j: np.ndarray, N: int, n: int, order: np.ndarray | None = None
+    i: np.ndarray,
+    j: np.ndarray,
+    N: int,
+    n: int,
+    order: np.ndarray | None = None,
+    *,
+    given: int = 0,
+    eliminated: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Index arrays of L and of the symmetric matrix of order N with stored entries (i, j), those of columns < n first.
 
-    order: elimination order (N,), None for minimum degree.
+    order: elimination order (N,), None for minimum degree. The last `given` entries belong to the factor only:
+    they hold what the `eliminated` unknowns (N,) bool contribute to the unknowns below n, so `factor` leaves
+    those updates out.
     """
     pattern = symmetric_pattern(i, j, N)
     order = minimum_degree(pattern) if order is None else order
@@ -89,13 +98,14 @@ def matrix_indices(
     post = postorder(columns)
     order = order[post]
     columns = column_patterns(pattern, order)
-    indices = {"I_PERM": order, "I_EI": i, "I_EJ": j, **_factor_indices(columns)}
+    known = np.zeros(N, dtype=bool) if eliminated is None else eliminated[order]
+    indices = {"I_PERM": order, "I_EI": i, "I_EJ": j, **_factor_indices(columns, known, order < n)}
     position = np.empty(N, dtype=np.int64)
     position[order] = np.arange(N)
     low, high = np.maximum(position[i], position[j]), np.minimum(position[i], position[j])
     by_column = np.lexsort((low, high))
     indices |= {"I_KP": _pointers(high, N), "I_KI": low[by_column], "I_KS": by_column}
-    own = np.flatnonzero(j < n)
+    own = np.flatnonzero(j[: len(j) - given] < n)
     by_variable = own[np.lexsort((i[own], j[own]))]
     return indices | {"I_CP": _pointers(j[own], n), "I_CI": i[by_variable], "I_CS": by_variable}
 
@@ -106,8 +116,8 @@ def minimum_degree(pattern: sp.csr_array, stage: np.ndarray | None = None) -> np
     stage: (N,) integers; unknowns of a lower stage come first.
     """
     N = pattern.shape[0]
-    graph = _QuotientGraph(pattern)
     turn = [0] * N if stage is None else stage.tolist()
+    graph = _QuotientGraph(pattern, turn)
     heap = [(turn[v], graph.degree[v], v) for v in range(N)]
     heapq.heapify(heap)
     order: list[int] = []
@@ -121,10 +131,10 @@ def minimum_degree(pattern: sp.csr_array, stage: np.ndarray | None = None) -> np
 
 
 class _QuotientGraph:
-    """Variables with their adjacent variables and elements; indistinguishable variables are merged."""
+    """Variables with their adjacent variables and elements; indistinguishable variables of one stage are merged."""
 
-    def __init__(self, pattern: sp.csr_array):
-        N = pattern.shape[0]
+    def __init__(self, pattern: sp.csr_array, stage: list[int]):
+        N, self.stage = pattern.shape[0], stage
         rows = np.split(pattern.indices, pattern.indptr[1:-1]) if N else []
         self.variables = [set(row.tolist()) - {v} for v, row in enumerate(rows)]
         self.elements: list[set[int]] = [set() for _ in range(N)]
@@ -165,7 +175,7 @@ class _QuotientGraph:
     def _merge(self, reach: set[int]) -> None:
         groups: dict[tuple, list[int]] = {}
         for v in reach:
-            key = (len(self.variables[v]), sum(self.variables[v]), sum(self.elements[v]))
+            key = (self.stage[v], len(self.variables[v]), sum(self.variables[v]), sum(self.elements[v]))
             groups.setdefault(key, []).append(v)
         for group in groups.values():
             while len(group) > 1:
@@ -223,11 +233,12 @@ def _pointers(columns: np.ndarray, count: int) -> np.ndarray:
     return np.r_[0, np.cumsum(np.bincount(columns, minlength=count))]
 
 
-def _factor_indices(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _factor_indices(columns: list[np.ndarray], known: np.ndarray, updated: np.ndarray) -> dict[str, np.ndarray]:
     """L by column, and by row the groups of 4, 2 or 1 neighbouring columns that update the row.
 
     A group is (first column, distance of its entries from the end of each column, count). Its columns
     have the same rows from there on: they form a supernode, or are independent with equal structure.
+    Updates of the rows `updated` (N,) by the columns `known` (N,) are left out.
     """
     N = len(columns)
     lengths = np.array([len(c) for c in columns], dtype=np.int64)
@@ -236,18 +247,20 @@ def _factor_indices(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
     follows[1:] = (parent[:-1] == np.arange(1, N)) & (lengths[:-1] == lengths[1:] + 1)
     for j in np.flatnonzero((parent[:-1] == parent[1:]) & (lengths[:-1] == lengths[1:]) & (parent[1:] >= 0)) + 1:
         follows[j] = follows[j] or np.array_equal(columns[j - 1], columns[j])
+    follows[1:] &= known[1:] == known[:-1]
     node = np.cumsum(~follows)
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *columns])
     cols = np.repeat(np.arange(N), lengths)
     ends = np.cumsum(lengths)
     distance = np.repeat(ends, lengths) - np.arange(len(rows))
     by_row = np.lexsort((cols, rows))
+    by_row = by_row[~(known[cols[by_row]] & updated[rows[by_row]])]
     rows_r, cols_r, distance_r = rows[by_row], cols[by_row], distance[by_row]
-    new = np.ones(len(rows), dtype=bool)
+    new = np.ones(len(rows_r), dtype=bool)
     new[1:] = (rows_r[1:] != rows_r[:-1]) | (node[cols_r[1:]] != node[cols_r[:-1]])
     start = np.flatnonzero(new)
-    size = np.diff(np.r_[start, len(rows)])
-    inside = np.arange(len(rows)) - np.repeat(start, size)
+    size = np.diff(np.r_[start, len(rows_r)])
+    inside = np.arange(len(rows_r)) - np.repeat(start, size)
     left = np.repeat(size, size) - inside
     tail = np.repeat(size % 4, size)
     count = np.where(left > tail, 4, np.where((left >= 2) & (tail >= 2), 2, 1))

@@ -35,7 +35,6 @@ from convexlearn.solvers.quadratic.layout import (
     R,
     S,
 )
-from convexlearn.solvers.quadratic.ldl import factor
 from convexlearn.solvers.quadratic.simd import (
     any_gt,
     full,
@@ -77,7 +76,7 @@ from convexlearn.solvers.second_order.layout import (
     TAU,
     XPX,
 )
-from convexlearn.solvers.second_order.weights import interior_weights, unit_weights
+from convexlearn.solvers.second_order.weights import factor_weighted, interior_weights, unit_weights
 
 PATIENCE = 10  # iterations without progress
 CERTIFIED = 1e-8  # largest relative error of a certificate
@@ -110,7 +109,7 @@ def start(w, I, F):
     N, plus, m, c = index(I, N_K), index(I, N_PLUS), index(I, N_ROW), index(I, C)
     sol, s, reg = index(I, SOL), index(I, S), index(I, REG)
     unit_weights(w, I, F)
-    factor(w, I, F)
+    factor_weighted(w, I, F)
     for i in range(N):
         x = load(w, F, c + i)
         store(F, sol + i, x if i >= plus else 0.0 - x)
@@ -245,7 +244,7 @@ def interior(w, I, F, tolerance, limit, repeats):
         if not any_gt(load(w, F, reg + ACTIVE), 0.5):
             return
         interior_weights(w, I, F)
-        factor(w, I, F)
+        factor_weighted(w, I, F)
         direction_to_tau(w, I, F, repeats)
         predict(w, I, F)
         keep = full(w, 1.0)

@@ -33,7 +33,6 @@ from convexlearn.solvers.quadratic.layout import (
     S,
     Y,
 )
-from convexlearn.solvers.quadratic.ldl import factor
 from convexlearn.solvers.quadratic.simd import (
     aligned,
     any_gt,
@@ -66,7 +65,7 @@ from convexlearn.solvers.second_order.layout import (
     WARM,
 )
 from convexlearn.solvers.second_order.polish import guess, polish
-from convexlearn.solvers.second_order.weights import face_weights, interior_weights
+from convexlearn.solvers.second_order.weights import face_weights, factor_weighted, form_gram, interior_weights
 
 FLOOR = 0.1
 ENTRIES = 0b0101  # P and A
@@ -173,9 +172,12 @@ def solve_range(w, I, fields, shared, order, first, last, options, point, out, i
         reset(w, I, F, options)
         load_data(w, I, F, fields, shared, order, block)
         drop_absent(w, I, F)
-        if block == first or shared & ENTRIES != ENTRIES:
+        fresh = block == first or shared & ENTRIES != ENTRIES
+        if fresh:
             find_factors(w, I, F)
         apply_factors(w, I, F)
+        if fresh:
+            form_gram(w, I, F)
         if get(options, WARM) > 0.5:
             load_warm(w, I, F, point, order, block)
         solve_block(w, I, F, options)
@@ -206,7 +208,7 @@ def adjoint_range(w, I, order, first, last, options, upper, state, out):
             j = i if i < n else plus + i - n
             g = load(w, F, slot + i) * load(w, F, scale + j)
             store(F, c + j, g * cost if i < n else g)
-        factor(w, I, F)
+        factor_weighted(w, I, F)
         adjoint_solve(w, I, F)
         for i in range(n + m):
             j = i if i < n else plus + i - n

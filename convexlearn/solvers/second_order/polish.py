@@ -30,7 +30,7 @@ from convexlearn.solvers.quadratic.layout import (
     R,
     Y,
 )
-from convexlearn.solvers.quadratic.ldl import factor, multiply, solve_factored
+from convexlearn.solvers.quadratic.ldl import multiply, solve_factored
 from convexlearn.solvers.quadratic.simd import (
     any_gt,
     full,
@@ -57,7 +57,7 @@ from convexlearn.solvers.second_order.layout import (
     SLACK,
     TEMP,
 )
-from convexlearn.solvers.second_order.weights import face_weights
+from convexlearn.solvers.second_order.weights import face_weights, factor_weighted
 
 REFINEMENTS = 6
 ROUNDING = 1e-14  # relative residual at which refinement stops
@@ -175,7 +175,7 @@ def polish(w, I, F, rounds):
     hopeless = full(w, 0.0)
     for _ in range(rounds):
         face_weights(w, I, F)
-        factor(w, I, F)
+        factor_weighted(w, I, F)
         worst = refine(w, I, F)
         error = vmax(worst, violation(w, I, F))
         settled = where_gt(EXACT, error, one, where_gt(error, 0.1 * load(w, F, reg + VIOLATION), one, 0.0))

@@ -25,14 +25,18 @@ from convexlearn.solvers.quadratic.layout import (
     S,
     Y,
 )
+from convexlearn.solvers.quadratic.ldl import factor
 from convexlearn.solvers.quadratic.simd import full, helper, index, load, store, vmax, vmin, vsqrt, where_gt
 from convexlearn.solvers.second_order.jordan import inner, scaling_point
 from convexlearn.solvers.second_order.layout import (
     CONE_WORDS,
     ETA,
+    GRAM,
     I_CONE,
+    I_PRODUCT,
     N_CONE,
     N_HALF,
+    N_PRODUCT,
     N_ROW,
     RATIO_SD,
     SLACK,
@@ -135,3 +139,31 @@ def face_weights(w, I, F):
             store(F, wd + i, where_gt(inside, 0.5, 0.0 - pin, weight))
             store(F, z + i, where_gt(inside, 0.5, 0.0, load(w, F, z + i)))
         store(F, e, where_gt(face, 0.5, load(w, F, e) - 1.0, load(w, F, e)))
+
+
+@helper
+def form_gram(w, I, F):
+    """GRAM = A'A over the rows of each cone that has one, from the equilibrated A."""
+    gram, data, products = index(I, GRAM), index(I, DATA), index(I, I_PRODUCT)
+    for k in range(index(I, N_CONE)):
+        at = index(I, I_CONE) + CONE_WORDS * k
+        for g in range(index(I, at + 3), index(I, at + 3) + index(I, at + 4)):
+            store(F, gram + g, full(w, 0.0))
+    for p in range(index(I, N_PRODUCT)):
+        g = gram + index(I, products + 3 * p)
+        a, b = data + index(I, products + 3 * p + 1), data + index(I, products + 3 * p + 2)
+        store(F, g, load(w, F, g) + load(w, F, a) * load(w, F, b))
+
+
+@helper
+def factor_weighted(w, I, F):
+    """Factor K with WD, U, V as they are."""
+    gram, wd = index(I, GRAM), index(I, WD) + index(I, N_PLUS)
+    target = index(I, DATA) + index(I, N_ENTRY) + index(I, N_BORDER)
+    for k in range(index(I, N_CONE)):
+        at = index(I, I_CONE) + CONE_WORDS * k
+        weight = load(w, F, wd + index(I, at))
+        inverse = where_gt(0.0 - weight, PINNED, 0.0, -1.0 / weight)
+        for g in range(index(I, at + 3), index(I, at + 3) + index(I, at + 4)):
+            store(F, target + g, inverse * load(w, F, gram + g))
+    factor(w, I, F)
