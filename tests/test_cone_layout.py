@@ -7,7 +7,7 @@ from cone_families import family
 from convexlearn.program.program import Cones
 from convexlearn.solvers.quadratic.layout import NAMES
 from convexlearn.solvers.quadratic.ldl import column_patterns, minimum_degree, symmetric_pattern
-from convexlearn.solvers.second_order.layout import OWN, arrange, elimination_order
+from convexlearn.solvers.second_order.layout import OWN, arrange, elimination_order, gram_matrices
 
 
 def fill(pattern, order):
@@ -21,9 +21,9 @@ def test_header_holds_what_the_offsets_say():
     n, m, k = program.n, program.m, 2
     assert plan.offset["N_K"] == n + m + 2 * k
     assert sorted(plan.header[plan.offset["I_PERM"] :][: n + m + 2 * k]) == list(range(n + m + 2 * k))
-    table = plan.header[plan.offset["I_CONE"] :].reshape(k, 3)
+    table = plan.header[plan.offset["I_CONE"] :][: 5 * k].reshape(k, 5)
     entries = program.P.nnz + program.A.nnz
-    np.testing.assert_array_equal(table, [[3, 3, entries], [6, 4, entries + 3]])
+    np.testing.assert_array_equal(table[:, :3], [[3, 3, entries], [6, 4, entries + 3]])
     assert plan.state < plan.work
 
 
@@ -47,7 +47,19 @@ def test_rows_of_a_large_cone_come_before_its_low_rank_part():
     i = np.concatenate([np.repeat(np.arange(k), k), np.full(k, 2 * k), np.full(k, 2 * k + 1), np.full(k, 2 * k + 2)])
     j = np.concatenate([k + np.tile(np.arange(k), k), np.arange(k), np.arange(k), k + np.arange(k)])
     pattern = symmetric_pattern(i, j, 2 * k + 3)
-    rows, extra = np.arange(k), np.array([2 * k, 2 * k + 1])
-    order = elimination_order(pattern, rows, extra)
-    assert fill(pattern, order) <= fill(pattern, minimum_degree(pattern))
-    assert fill(pattern, order) <= k * (k + 2) + (k + 3) * (k + 2) // 2
+    order, rows_first = elimination_order(pattern, np.arange(k), np.array([2 * k, 2 * k + 1]))
+    assert rows_first
+    assert set(order[:k]) == set(range(k))
+    assert set(order[k : k + 2]) == {2 * k, 2 * k + 1}
+    assert fill(pattern, order) < 0.9 * fill(pattern, minimum_degree(pattern))
+
+
+def test_products_add_up_to_the_gram_matrix():
+    program, data = family(1, 6, Cones(zero=1, nonneg=2, soc=(2, 15)), density=1.0, batch=1)
+    gram = gram_matrices(program)
+    entries = np.concatenate([data.P[0], data.A[0]])
+    total = np.zeros(len(gram.rows))
+    np.add.at(total, gram.products[:, 0], entries[gram.products[:, 1]] * entries[gram.products[:, 2]])
+    assert gram.counts.tolist() == [0, len(total)]
+    rows = program.A.dense(data.A)[0, 5:].numpy()
+    np.testing.assert_allclose(total, (rows.T @ rows)[gram.rows, gram.cols], atol=1e-12)

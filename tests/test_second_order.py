@@ -246,6 +246,17 @@ def test_large_cones_keep_a_sparse_factor():
     assert plan.offset["N_L"] < 20 * plan.offset["N_K"]
 
 
+@pytest.mark.parametrize(("n", "cones"), [(3, Cones(soc=(7,))), (6, Cones(zero=2, nonneg=9, soc=(14, 2, 20)))])
+def test_rows_of_a_large_cone_enter_as_a_gram_matrix(n, cones):
+    program, data = family(60, n, cones, linear=False, density=1.0)
+    assert lanes.analyse(program).offset["N_PRODUCT"] > 0
+    solution = solve(program, data)
+    assert (solution.status == Status.SOLVED).all()
+    for k in range(5):
+        x, z = solution.x[k].numpy(), solution.z[k].numpy()
+        assert kkt_error(program, data, k, x, z) < 1e-9 * (1 + abs(x).max() + abs(z).max())
+
+
 def test_apex_of_a_cone_is_a_face_of_its_own():
     """Groups at zero and groups that are not: the slacks of their cones vanish, or lie on the boundary."""
     x, t = cp.Variable((3, 2)), cp.Parameter((3, 2), name="t")
@@ -290,6 +301,6 @@ def test_choice_of_solver():
     assert choose(family(0)[0]).name == "socp"
     X = cp.Variable((3, 3), symmetric=True)
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.trace(X)), [X >> np.eye(3), cp.norm(X, "fro") <= 9]), [], [X])
-    assert layer._solver.name != "socp"
+    assert layer._solver.name == "conic"
     with pytest.raises(OptionError, match="second-order cone constraints only"):
         ConvexLayer(cp.Problem(cp.Minimize(cp.trace(X)), [X >> np.eye(3)]), [], [X], solver="socp")

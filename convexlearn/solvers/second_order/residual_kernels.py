@@ -1,9 +1,10 @@
-"""Compiled optimality residuals on the original program, up to WIDTH samples side by side."""
+"""Compiled optimality residuals on the original program, some samples side by side."""
 
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
-from convexlearn.program.reduction_kernels import WIDTH, add_quadratic, multiply, transpose_in
+from convexlearn.program.lane_kernels import block_width
+from convexlearn.program.reduction_kernels import add_quadratic, multiply, transpose_in
 
 
 @helper
@@ -70,8 +71,9 @@ def residuals(pattern, sizes, cones, P, q, A, b, x, z, out, start, stop):
     product); each over 1 plus the largest term that it is a difference of.
     """
     n, m = x.shape[1], z.shape[1]
-    for k in range(start, stop, WIDTH):
-        width = min(WIDTH, stop - k)
+    k = start
+    while k < stop:
+        width = block_width(stop - k)
         bq, bx = np.empty((n, width)), np.empty((n, width))
         bb, bz = np.empty((m, width)), np.empty((m, width))
         transpose_in(q, k, 1.0, bq)
@@ -79,3 +81,4 @@ def residuals(pattern, sizes, cones, P, q, A, b, x, z, out, start, stop):
         transpose_in(x, k, 1.0, bx)
         transpose_in(z, k, 1.0, bz)
         residual_block(pattern, sizes, cones, P, A, k, bq, bb, bx, bz, out)
+        k += width
