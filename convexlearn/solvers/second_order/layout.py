@@ -100,6 +100,7 @@ def gram_matrices(program: Program) -> Gram:
         first += d
         total = sum(len(row) * (len(row) + 1) // 2 for row in entries)
         own: dict[tuple[int, int], int] = {}
+        pairs: list[tuple[int, int]] = []
         if total <= MOST_PRODUCTS:
             pairs = [(a, b) for row in entries for k, a in enumerate(row) for b in row[k:]]
             for a, b in pairs:
