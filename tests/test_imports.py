@@ -29,6 +29,7 @@ program.data_map
 program.reduce
 solvers.base
 solvers.quadratic.*
+solvers.second_order.*
 solvers.cone_kernels solvers.conic_kernels
 solvers.cones
 solvers.conic_system
@@ -70,7 +71,13 @@ FORBIDDEN = {
     "program.compiler": ("convexlearn.solvers*", "convexlearn.layer*"),
     "program.*": ("convexlearn.solvers*", "convexlearn.layer*", "convexlearn.rules*"),
     "solvers*": ("cvxpy*", "convexlearn.layer*", "convexlearn.rules*", "convexlearn.program.compiler"),
-    "layer": ("cvxpy*", "convexlearn.solvers.quadratic*", "convexlearn.solvers.diffcp", "diffcp*"),
+    "layer": (
+        "cvxpy*",
+        "convexlearn.solvers.quadratic*",
+        "convexlearn.solvers.second_order*",
+        "convexlearn.solvers.diffcp",
+        "diffcp*",
+    ),
     "rules.*": ("convexlearn.simulate*", "convexlearn.evaluate", "convexlearn.tune", "convexlearn.descent"),
     "simulate.*": ("convexlearn.tune", "convexlearn.descent", "convexlearn.layer*", "convexlearn.solvers*"),
     "evaluate": ("convexlearn.tune", "convexlearn.descent", "convexlearn.layer*", "convexlearn.solvers*"),
@@ -80,7 +87,10 @@ FORBIDDEN = {
 }
 
 HEAVY = ("matplotlib", "gymnasium", "stable_baselines3")  # never at import of the package
-COMPILED = ("program.compiled", "*_kernels", "solvers.quadratic.*")  # the only ones that use numba
+COMPILED = (
+    *("program.compiled", "*_kernels"),
+    *("solvers.quadratic.*", "solvers.second_order.*"),
+)  # the only ones that use numba
 
 
 def module_of(path: Path) -> str:

@@ -507,7 +507,8 @@ class TestLimits:
 
     def test_scs_limit(self):
         x, t = cp.Variable(5), cp.Parameter(5, name="t")
-        layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - t)), [cp.norm(x) <= 1]), [t], [x])
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(x - t)), [cp.norm(x) <= 1])
+        layer = ConvexLayer(problem, [t], [x], solver="diffcp")
         target = torch.linspace(1, 2, 5, dtype=torch.float64)
         with pytest.warns(LimitWarning, match="1 of 1 samples"):
             (found,) = layer(target, solver_args={"max_iters": 3})

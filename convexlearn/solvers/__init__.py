@@ -9,10 +9,14 @@ from convexlearn.solvers.conic import Conic
 from convexlearn.solvers.diffcp import Diffcp
 from convexlearn.solvers.quadratic.dense import Dense
 from convexlearn.solvers.quadratic.solver import Quadratic
+from convexlearn.solvers.second_order.solver import SecondOrder
 
 logger = logging.getLogger(__name__)
 
-SOLVERS: dict[str, type[Solver]] = {s.name: s for s in (Quadratic, Dense, Conic, Diffcp)}
+SOLVERS: dict[str, type[Solver]] = {s.name: s for s in (Quadratic, Dense, SecondOrder, Conic, Diffcp)}
+
+LARGE = 20_000
+"""Variables, rows and stored entries from which Clarabel's sparse factor is faster than lanes with one pattern."""
 
 PEERS = ("CLARABEL", "CUCLARABEL", "CUOPT", "DIFFQCP", "ECOS", "MOREAU", "MPAX", "OSQP", "SCS")
 """Solvers of CVXPY and cvxpylayers whose names are accepted and stand for our own choice."""
@@ -37,5 +41,8 @@ def find(solver: str | Solver | None) -> Solver | None:
 
 
 def choose(program: Program) -> Solver:
-    """The default: the quadratic solver for QPs and LPs, the conic solver for the other cones."""
-    return Quadratic() if program.cones.polyhedral else Conic()
+    """The default: quadratic for QPs and LPs, socp for second-order cones up to a size, conic for everything else."""
+    if program.cones.polyhedral:
+        return Quadratic()
+    size = program.n + program.m + program.P.nnz + program.A.nnz
+    return SecondOrder() if SecondOrder().supports(program) is None and size <= LARGE else Conic()

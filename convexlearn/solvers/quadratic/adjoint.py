@@ -21,6 +21,7 @@ from convexlearn.solvers.quadratic.layout import (
     N_K,
     N_LO,
     N_P,
+    N_PLUS,
     N_UP,
     N_X,
     OK,
@@ -98,8 +99,8 @@ def upstream(w, I, F):
 @helper
 def adjoint_residual(w, I, F):
     """R = C - K Y with the diagonal, without the proximal terms, unmasked; returns its largest free entry."""
-    n, N, c, y, r, wd, reg = (
-        index(I, N_X),
+    plus, N, c, y, r, wd, reg = (
+        index(I, N_PLUS),
         index(I, N_K),
         index(I, C),
         index(I, Y),
@@ -115,7 +116,7 @@ def adjoint_residual(w, I, F):
     for i in range(N):
         x, weight = load(w, F, r + i), load(w, F, wd + i)
         pinned = vabs(weight)
-        diagonal = weight - shift_x if i < n else weight + shift_y
+        diagonal = weight - shift_x if i < plus else weight + shift_y
         x = x + where_gt(pinned, PINNED, 0.0, diagonal) * load(w, F, y + i)
         x = load(w, F, c + i) - x
         store(F, r + i, x)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZES = ("N_X", "N_EQ", "N_IN", "N_LO", "N_UP", "N_ABS", "N_K", "N_PAIR", "N_L", "N_ENTRY", "N_P", "N_BOTH")
+SIZES = (
+    *("N_X", "N_EQ", "N_IN", "N_LO", "N_UP", "N_ABS", "N_K", "N_PAIR", "N_L", "N_ENTRY", "N_P", "N_BOTH"),
+    *("N_PLUS", "N_BORDER"),
+)
 INDICES = (
     *("I_PERM", "I_LP", "I_LI", "I_RP", "I_RK", "I_RD", "I_RC", "I_KP", "I_KI", "I_KS"),
     *("I_CP", "I_CI", "I_CS", "I_EI", "I_EJ", "I_LO", "I_UP", "I_ABS", "I_BOTH", "I_FIELD"),
@@ -19,16 +22,16 @@ WORK = (
     *("CERT", "BEST", "BEST_S", "END"),
 )
 NAMES = (*SIZES, *INDICES, *STATE, *WORK)
-# sizes
-(N_X, N_EQ, N_IN, N_LO, N_UP, N_ABS, N_K, N_PAIR, N_L, N_ENTRY, N_P, N_BOTH) = range(12)
+# sizes; the first N_PLUS unknowns have positive pivots; N_BORDER entries after the first N_ENTRY come from the solver
+(N_X, N_EQ, N_IN, N_LO, N_UP, N_ABS, N_K, N_PAIR, N_L, N_ENTRY, N_P, N_BOTH, N_PLUS, N_BORDER) = range(14)
 # offsets of index arrays: permutation; L by column; L by row; K by column; K by original column; entries
-(I_PERM, I_LP, I_LI, I_RP, I_RK, I_RD, I_RC, I_KP, I_KI, I_KS) = range(12, 22)
-(I_CP, I_CI, I_CS, I_EI, I_EJ, I_LO, I_UP, I_ABS, I_BOTH, I_FIELD) = range(22, 32)
+(I_PERM, I_LP, I_LI, I_RP, I_RK, I_RD, I_RC, I_KP, I_KI, I_KS) = range(14, 24)
+(I_CP, I_CI, I_CS, I_EI, I_EJ, I_LO, I_UP, I_ABS, I_BOTH, I_FIELD) = range(24, 34)
 # slots that outlive a solve: factor, pivots, diagonal, scaling, solution, derivative weights
-(LX, PIVOT, WD, SCALE, COST, UNIT, OUT, KAPPA, RATIO, OK) = range(32, 42)
+(LX, PIVOT, WD, SCALE, COST, UNIT, OUT, KAPPA, RATIO, OK) = range(34, 44)
 # slots of one solve
-(DATA, C, ON, BASE, SOL, S, R, D, DS, Y, ACT, T, QL, REG, CERT, BEST, BEST_S, END) = range(42, 60)
-HEADER = 60
+(DATA, C, ON, BASE, SOL, S, R, D, DS, Y, ACT, T, QL, REG, CERT, BEST, BEST_S, END) = range(44, 62)
+HEADER = 62
 # lane registers, relative to REG
 (CODE, ITERATIONS, RESIDUAL, DONE) = range(4)  # reported in this order
 (MU, PRIMAL, DUAL, ACTIVE, ALPHA, BETA, COUNT, REG_X, REG_Y, TARGET) = range(4, 14)

@@ -15,6 +15,8 @@ from convexlearn.solvers.quadratic.layout import (
     I_CI,
     I_CP,
     I_CS,
+    I_EI,
+    I_EJ,
     I_KI,
     I_KP,
     I_KS,
@@ -26,10 +28,14 @@ from convexlearn.solvers.quadratic.layout import (
     I_RK,
     I_RP,
     LX,
+    N_BORDER,
+    N_ENTRY,
     N_K,
+    N_PLUS,
     N_X,
     PINNED,
     PIVOT,
+    SIZES,
     WD,
     Layout,
     T,
@@ -47,28 +53,14 @@ def symbolic(box: BoxProgram) -> Layout:
     N = n + rows + inequalities
     i = np.concatenate([box.P.rows, box.A.rows + n, box.G.rows + n + rows]).astype(np.int64)
     j = np.concatenate([box.P.cols, box.A.cols, box.G.cols]).astype(np.int64)
-    pattern = sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
-    order = minimum_degree(pattern)
-    columns = column_patterns(pattern, order)
-    post = postorder(columns)
-    order = order[post]
-    columns = column_patterns(pattern, order)
-    indices = {"I_PERM": order, "I_EI": i, "I_EJ": j, **_factor_indices(columns)}
-    position = np.empty(N, dtype=np.int64)
-    position[order] = np.arange(N)
-    low, high = np.maximum(position[i], position[j]), np.minimum(position[i], position[j])
-    by_column = np.lexsort((low, high))
-    indices |= {"I_KP": _pointers(high, N), "I_KI": low[by_column], "I_KS": by_column}
-    by_variable = np.lexsort((i, j))
-    indices |= {"I_CP": _pointers(j, n), "I_CI": i[by_variable], "I_CS": by_variable}
+    indices = matrix_indices(i, j, N, n)
+    nonzeros = len(indices["I_LI"])
     both, at_lower, at_upper = np.intersect1d(box.lower, box.upper, return_indices=True)
     indices |= {"I_LO": box.lower, "I_UP": box.upper, "I_ABS": box.absolute}
     indices |= {"I_BOTH": np.stack([both, at_lower, at_upper], 1).ravel()}
     lower, upper, absolute = len(box.lower), len(box.upper), len(box.absolute)
     pairs = inequalities + lower + upper + 2 * absolute
-    nonzeros = sum(len(c) for c in columns)
-    counts = (n, rows, inequalities, lower, upper, absolute, N, pairs, nonzeros, len(i), box.P.nnz, len(both))
-    names = ["N_X", "N_EQ", "N_IN", "N_LO", "N_UP", "N_ABS", "N_K", "N_PAIR", "N_L", "N_ENTRY", "N_P", "N_BOTH"]
+    counts = (n, rows, inequalities, lower, upper, absolute, N, pairs, nonzeros, len(i), box.P.nnz, len(both), n, 0)
     nP, nA = box.P.nnz, box.A.nnz
     # slot of each field P, q, w, A, b, G, h, l, u relative to the data entries, then its length
     vectors = len(i) + np.cumsum([0, n, rows, inequalities, lower, upper])
@@ -76,30 +68,73 @@ def symbolic(box: BoxProgram) -> Layout:
     starts = [0, q, w, nP, b, nP + nA, h, l, u]
     lengths = [nP, n, absolute, nA, rows, box.G.nnz, inequalities, lower, upper]
     indices["I_FIELD"] = np.array(starts + lengths)
-    return arrange(dict(zip(names, counts, strict=True)), indices)
+    return arrange(dict(zip(SIZES, counts, strict=True)), indices)
 
 
-def minimum_degree(pattern: sp.csr_array) -> np.ndarray:
-    """Elimination order (N,) by approximate minimum degree on the quotient graph (Amestoy, Davis, Duff 1996)."""
+def symmetric_pattern(i: np.ndarray, j: np.ndarray, N: int) -> sp.csr_array:
+    """The matrix of order N with entries wherever (i, j) or (j, i) is stored."""
+    return sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
+
+
+def matrix_indices(
+    i: np.ndarray,
+    j: np.ndarray,
+    N: int,
+    n: int,
+    order: np.ndarray | None = None,
+    *,
+    given: int = 0,
+    eliminated: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Index arrays of L and of the symmetric matrix of order N with stored entries (i, j), those of columns < n first.
+
+    order: elimination order (N,), None for minimum degree. The last `given` entries belong to the factor only:
+    they hold what the `eliminated` unknowns (N,) bool contribute to the unknowns below n, so `factor` leaves
+    those updates out.
+    """
+    pattern = symmetric_pattern(i, j, N)
+    order = minimum_degree(pattern) if order is None else order
+    columns = column_patterns(pattern, order)
+    post = postorder(columns)
+    order = order[post]
+    columns = column_patterns(pattern, order)
+    known = np.zeros(N, dtype=bool) if eliminated is None else eliminated[order]
+    indices = {"I_PERM": order, "I_EI": i, "I_EJ": j, **_factor_indices(columns, known, order < n)}
+    position = np.empty(N, dtype=np.int64)
+    position[order] = np.arange(N)
+    low, high = np.maximum(position[i], position[j]), np.minimum(position[i], position[j])
+    by_column = np.lexsort((low, high))
+    indices |= {"I_KP": _pointers(high, N), "I_KI": low[by_column], "I_KS": by_column}
+    own = np.flatnonzero(j[: len(j) - given] < n)
+    by_variable = own[np.lexsort((i[own], j[own]))]
+    return indices | {"I_CP": _pointers(j[own], n), "I_CI": i[by_variable], "I_CS": by_variable}
+
+
+def minimum_degree(pattern: sp.csr_array, stage: np.ndarray | None = None) -> np.ndarray:
+    """Elimination order (N,) by approximate minimum degree on the quotient graph (Amestoy, Davis, Duff 1996).
+
+    stage: (N,) integers; unknowns of a lower stage come first.
+    """
     N = pattern.shape[0]
-    graph = _QuotientGraph(pattern)
-    heap = [(graph.degree[v], v) for v in range(N)]
+    turn = [0] * N if stage is None else stage.tolist()
+    graph = _QuotientGraph(pattern, turn)
+    heap = [(turn[v], graph.degree[v], v) for v in range(N)]
     heapq.heapify(heap)
     order: list[int] = []
     while heap:
-        degree, pivot = heapq.heappop(heap)
+        _, degree, pivot = heapq.heappop(heap)
         if pivot in graph.members and degree == graph.degree[pivot]:
             order += graph.members.pop(pivot)
             for v in graph.eliminate(pivot):
-                heapq.heappush(heap, (graph.degree[v], v))
+                heapq.heappush(heap, (turn[v], graph.degree[v], v))
     return np.array(order, dtype=np.int64)
 
 
 class _QuotientGraph:
-    """Variables with their adjacent variables and elements; indistinguishable variables are merged."""
+    """Variables with their adjacent variables and elements; indistinguishable variables of one stage are merged."""
 
-    def __init__(self, pattern: sp.csr_array):
-        N = pattern.shape[0]
+    def __init__(self, pattern: sp.csr_array, stage: list[int]):
+        N, self.stage = pattern.shape[0], stage
         rows = np.split(pattern.indices, pattern.indptr[1:-1]) if N else []
         self.variables = [set(row.tolist()) - {v} for v, row in enumerate(rows)]
         self.elements: list[set[int]] = [set() for _ in range(N)]
@@ -140,7 +175,7 @@ class _QuotientGraph:
     def _merge(self, reach: set[int]) -> None:
         groups: dict[tuple, list[int]] = {}
         for v in reach:
-            key = (len(self.variables[v]), sum(self.variables[v]), sum(self.elements[v]))
+            key = (self.stage[v], len(self.variables[v]), sum(self.variables[v]), sum(self.elements[v]))
             groups.setdefault(key, []).append(v)
         for group in groups.values():
             while len(group) > 1:
@@ -198,28 +233,34 @@ def _pointers(columns: np.ndarray, count: int) -> np.ndarray:
     return np.r_[0, np.cumsum(np.bincount(columns, minlength=count))]
 
 
-def _factor_indices(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """L by column, and by row the groups of 4, 2 or 1 columns of one supernode that update the row.
+def _factor_indices(columns: list[np.ndarray], known: np.ndarray, updated: np.ndarray) -> dict[str, np.ndarray]:
+    """L by column, and by row the groups of 4, 2 or 1 neighbouring columns that update the row.
 
-    A group is (first column, distance of its entries from the end of each column, count).
+    A group is (first column, distance of its entries from the end of each column, count). Its columns
+    have the same rows from there on: they form a supernode, or are independent with equal structure.
+    Updates of the rows `updated` (N,) by the columns `known` (N,) are left out.
     """
     N = len(columns)
     lengths = np.array([len(c) for c in columns], dtype=np.int64)
     parent = np.array([c[0] if len(c) else -1 for c in columns], dtype=np.int64)
-    follows = np.zeros(N, dtype=bool)  # column j has the structure of column j - 1 without j
+    follows = np.zeros(N, dtype=bool)  # column j has the structure of column j - 1, without j
     follows[1:] = (parent[:-1] == np.arange(1, N)) & (lengths[:-1] == lengths[1:] + 1)
+    for j in np.flatnonzero((parent[:-1] == parent[1:]) & (lengths[:-1] == lengths[1:]) & (parent[1:] >= 0)) + 1:
+        follows[j] = follows[j] or np.array_equal(columns[j - 1], columns[j])
+    follows[1:] &= known[1:] == known[:-1]
     node = np.cumsum(~follows)
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *columns])
     cols = np.repeat(np.arange(N), lengths)
     ends = np.cumsum(lengths)
     distance = np.repeat(ends, lengths) - np.arange(len(rows))
     by_row = np.lexsort((cols, rows))
+    by_row = by_row[~(known[cols[by_row]] & updated[rows[by_row]])]
     rows_r, cols_r, distance_r = rows[by_row], cols[by_row], distance[by_row]
-    new = np.ones(len(rows), dtype=bool)
+    new = np.ones(len(rows_r), dtype=bool)
     new[1:] = (rows_r[1:] != rows_r[:-1]) | (node[cols_r[1:]] != node[cols_r[:-1]])
     start = np.flatnonzero(new)
-    size = np.diff(np.r_[start, len(rows)])
-    inside = np.arange(len(rows)) - np.repeat(start, size)
+    size = np.diff(np.r_[start, len(rows_r)])
+    inside = np.arange(len(rows_r)) - np.repeat(start, size)
     left = np.repeat(size, size) - inside
     tail = np.repeat(size % 4, size)
     count = np.where(left > tail, 4, np.where((left >= 2) & (tail >= 2), 2, 1))
@@ -272,7 +313,7 @@ def inverse_pivot(w, F, d, weight, sign):
 @helper
 def factor(w, I, F):
     """Left-looking LDL' of K with diagonal WD (N slots, original order) into LX and PIVOT."""
-    n, N, data, wd, t = index(I, N_X), index(I, N_K), index(I, DATA), index(I, WD), index(I, T)
+    plus, N, data, wd, t = index(I, N_PLUS), index(I, N_K), index(I, DATA), index(I, WD), index(I, T)
     lp, li, lx, pivot = index(I, I_LP), index(I, I_LI), index(I, LX), index(I, PIVOT)
     rp, rk, rd, rc = index(I, I_RP), index(I, I_RK), index(I, I_RD), index(I, I_RC)
     kp, ki, ks, perm = index(I, I_KP), index(I, I_KI), index(I, I_KS), index(I, I_PERM)
@@ -289,7 +330,7 @@ def factor(w, I, F):
             store(F, i, load(w, F, i) + load(w, F, data + index(I, ks + e)))
         for r in range(index(I, rp + j), index(I, rp + j + 1)):
             subtract(w, I, F, lp, li, lx, pivot, t, index(I, rk + r), index(I, rd + r), index(I, rc + r))
-        sign = 1.0 if unknown < n else -1.0
+        sign = 1.0 if unknown < plus else -1.0
         store(F, pivot + j, inverse_pivot(w, F, load(w, F, t + j), weight, sign))
         for p in range(first, last):
             store(F, lx + p, load(w, F, t + index(I, li + p)))
@@ -330,3 +371,8 @@ def multiply(w, I, F, v, r):
             if i != j:
                 store(F, r + i, load(w, F, r + i) + a * x)
         store(F, r + j, load(w, F, r + j) + total)
+    first = index(I, N_ENTRY)
+    for e in range(first, first + index(I, N_BORDER)):
+        i, j, a = index(I, index(I, I_EI) + e), index(I, index(I, I_EJ) + e), load(w, F, data + e)
+        store(F, r + i, load(w, F, r + i) + a * load(w, F, v + j))
+        store(F, r + j, load(w, F, r + j) + a * load(w, F, v + i))

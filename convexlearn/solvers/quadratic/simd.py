@@ -49,13 +49,15 @@ def kernel(function: Callable) -> Any:
         return njit(**options)(function)
     # numba's cache looks at the entry point's own file; a change in a helper's file must count too
     with contextlib.suppress(AttributeError):
-        dispatcher._cache._cache_file._source_stamp = _source_digest()
+        dispatcher._cache._cache_file._source_stamp = _source_digest(Path(function.__code__.co_filename).parent)
     return dispatcher
 
 
-def _source_digest() -> str:
+def _source_digest(own: Path) -> str:
+    """Digest of the files here and of those beside the entry point, where that is another folder."""
     folder = Path(__file__).parent
-    sources = b"".join((folder / name).read_bytes() for name in KERNEL_FILES)
+    others = [] if own == folder else sorted(own.glob("*.py"))
+    sources = b"".join(path.read_bytes() for path in [*(folder / name for name in KERNEL_FILES), *others])
     return hashlib.sha256(sources).hexdigest()
 
 
@@ -199,6 +201,12 @@ def _unary_intrinsic(builder: Any, name: str, x: Any) -> Any:
 def vabs(typing_context, x):
     """Lane by lane |x|."""
     return x(x), lambda context, builder, sig, args: _unary_intrinsic(builder, "llvm.fabs", args[0])
+
+
+@intrinsic
+def vsqrt(typing_context, x):
+    """Lane by lane the square root; NaN below zero."""
+    return x(x), lambda context, builder, sig, args: _unary_intrinsic(builder, "llvm.sqrt", args[0])
 
 
 @intrinsic

@@ -1,0 +1,1 @@
+"""Programs with second-order cones in batches, in SIMD lanes."""
