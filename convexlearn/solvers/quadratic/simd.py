@@ -26,7 +26,7 @@ njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic  # its result takes one argument less than the function it decorates
 KERNEL_FILES = (
     *("layout.py", "simd.py", "ldl.py", "equilibrate.py", "newton.py", "interior_point.py", "certificates.py"),
-    *("polish.py", "finish.py", "adjoint.py", "kernels.py"),
+    *("basis.py", "polish.py", "finish.py", "adjoint.py", "kernels.py"),
 )
 
 
