@@ -107,17 +107,22 @@ def online(data: Decisions, seed: int, noise: float) -> Callable[[nn.Module, Bud
     The trace holds the authors' validation error before and after, and that of the true weights.
     """
 
-    def fit(rule: nn.Module, budget: Budget) -> list[dict[str, float]]:
+    def fit(rule: Any, budget: Budget) -> list[dict[str, float]]:
         theirs = decisions(VALIDATION_SEED + seed, noise)
         truth = (theirs.clean - theirs.noisy).square().mean().item()
         trace = [{"step": 0, "validation": validation_error(rule, seed, noise), "truth": truth}]
-        optimizer, steps = torch.optim.Adam(rule.parameters(), lr=3e-4), budget.limit(20 * STEPS)
+        weights = rule.weights.detach().clone().requires_grad_()  # theirs, without free coordinates
+        optimizer, steps = torch.optim.Adam([weights], lr=3e-4), budget.limit(20 * STEPS)
         for step in range(steps):
             k = step % STEPS
             optimizer.zero_grad()
-            (rule(data.x[k : k + 1]) - data.noisy[k]).square().mean().backward()
+            (decision,) = rule.layer(x=data.x[k], weights=weights.clamp(min=0))
+            (decision - data.noisy[k]).square().mean().backward()
             optimizer.step()
             if (step + 1) % (5 * STEPS) == 0 or step + 1 == steps:
+                with torch.no_grad():
+                    weights.clamp_(min=0)
+                rule.weights = weights.detach()
                 error = validation_error(rule, seed, noise)
                 trace.append({"step": step + 1, "validation": error, "truth": truth})
         return trace
