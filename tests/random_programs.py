@@ -168,11 +168,13 @@ def optimality_error(d, s):
     Rows are judged in their own units, so that small ones count as much as large ones.
     """
     x, terms, primal, sizes, gaps, signs = s["x"], [d["q"]], [0.0], [1.0, np.abs(s["x"]).max()], [0.0], [0.0]
+    parts = [d["q"]]
     rows = [(d["A"], d["b"], np.abs)] if "A" in d else []
     rows += [(d["G"], d["h"], lambda v: v.clip(min=0))] if "G" in d else []
     own = [positive(_units(M, M @ x - v)) / (sizes[0] + sizes[1] + np.abs(_units(M, v))) for M, v, positive in rows]
     if "F" in d:
         terms.append(d["F"].T @ (d["F"] @ x))
+        parts.append(np.abs(d["F"]).T @ (np.abs(d["F"]) @ np.abs(x)))
     if "A" in d:
         terms.append(d["A"].T @ s["y"])
         primal.append(np.abs(d["A"] @ x - d["b"]).max())
@@ -186,7 +188,7 @@ def optimality_error(d, s):
         gaps.append(np.abs(slack * z).max())
         signs.append(-z.min())
         sizes += [np.abs(d[limit]).max(), np.abs(value).max()]
-    pull, scale = -np.sum(terms, 0), 1 + max(np.abs(t).max() for t in terms)
+    pull, scale = -np.sum(terms, 0), 1 + max(np.abs(t).max() for t in [*terms, *parts])
     if "w" in d:
         v = np.clip(pull, -d["w"], d["w"])
         pull = pull - v

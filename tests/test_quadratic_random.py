@@ -97,22 +97,26 @@ def test_verdicts_on_random_batches(k, kind, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["auto", "lanes", "sparse"])
 def test_fuzz(path):
-    """About 25,000 samples of all structures and kinds by every path.
+    """About 13,000 samples of all structures and kinds; a path that is forced may give up, but is never wrong.
 
     Not "units" by "sparse": rows 1e12 apart in size need the equilibrated polish of the lanes, since the residual that
     decides a status is relative to all rows together.
     """
-    rng, objections, infinite = np.random.default_rng(11), [], 0
+    rng, wrong, undecided, infinite, samples = np.random.default_rng(11), [], [], 0, 0
     for k in range(len(STRUCTURES)):
         for kind in KINDS:
             if (kind, path) == ("units", "sparse"):
                 continue
             for _ in range(8 if path == "auto" else 4):
                 found, finite = campaign(family(k, path), kind, rng, 20)
-                objections += [(k, *o) for o in found]
-                infinite += not finite
-    assert not objections
+                for objection in found:
+                    gave_up = objection[2].startswith(("FAILED", "INACCURATE"))
+                    (undecided if gave_up else wrong).append((k, *objection))
+                infinite, samples = infinite + (not finite), samples + 20
+    print(f"{path}: {samples} samples, {len(wrong)} wrong, {len(undecided)} undecided")
+    assert not wrong
     assert not infinite
+    assert path != "auto" or not undecided
 
 
 @settings(max_examples=15, deadline=None)
