@@ -7,53 +7,16 @@ State of a variable: FREE, UPPER, LOWER, ZERO (of a 1-norm), PLUS or MINUS (nonz
 
 import numpy as np
 
-from convexlearn.program.compiled import helper, summing
+from convexlearn.program.compiled import helper
 from convexlearn.program.lane_kernels import axpy
 from convexlearn.program.reduction_kernels import part
+from convexlearn.solvers.quadratic.small_dense_kernels import add_product, factor, substitute
 
 FREE, UPPER, LOWER, ZERO, PLUS, MINUS = 0, 1, -1, 2, 3, -3
 TOLERANCE = 1e-11
 PRIMAL_DUAL_STEPS = 25
 DESCENT_ROUNDS = 60
 FIRST_SWEEPS, LATER_SWEEPS = 24, 6  # every third over all variables, the others over those off zero
-SINGULAR = 1e-13
-
-
-@helper
-def factor(M, k):
-    """LDL' of the upper triangle of M[:k, :k] in place, row by row; False where a pivot is not positive."""
-    largest = 0.0
-    for j in range(k):
-        largest = max(largest, M[j, j])
-    for j in range(k):
-        pivot = M[j, j]
-        if not pivot > SINGULAR * largest:
-            return False
-        for i in range(j + 1, k):
-            ratio = M[j, i] / pivot
-            if ratio != 0.0:
-                axpy(M, i * M.shape[1] + i, -ratio, M, j * M.shape[1] + i, k - i)
-    return True
-
-
-@summing
-def substitute(M, k, v):
-    """v = (LDL')^-1 v."""
-    for j in range(k):
-        axpy(v, j + 1, -v[j] / M[j, j], M, j * M.shape[1] + j + 1, k - j - 1)
-    for j in range(k - 1, -1, -1):
-        total = 0.0
-        for i in range(j + 1, k):
-            total += M[j, i] * v[i]
-        v[j] = (v[j] - total) / M[j, j]
-
-
-@helper
-def add_product(H, x, out):
-    """out += H x for a symmetric H, by rows."""
-    for i in range(len(x)):
-        if x[i] != 0.0:
-            axpy(out, 0, x[i], H, i * H.shape[1], len(x))
 
 
 @helper

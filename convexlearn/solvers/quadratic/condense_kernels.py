@@ -7,7 +7,7 @@ can take a hundred times as long.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
-from convexlearn.solvers.quadratic.active_set_kernels import factor, substitute
+from convexlearn.solvers.quadratic.small_dense_kernels import factor, substitute
 
 
 @helper
