@@ -1,7 +1,6 @@
 """ConvexLayer: a parametrized CVXPY problem and a solver as one autograd node; drop-in for CvxpyLayer."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexlearn.errors import InaccurateWarning, LimitWarning, OptionError, ShapeError, SolverError, suggest
+from convexlearn.errors import OptionError, ShapeError, suggest
 from convexlearn.failures import collector
 from convexlearn.layer_arguments import (
     as_tensor,
     check_declaration,
-    count_text,
-    failure_text,
     fallback_rows,
     is_limited,
+    judge,
     read_options,
 )
 from convexlearn.layer_node import Call, Node, Plan, Solve
+from convexlearn.layer_transforms import outputs, transformed
+from convexlearn.operators import Prepared, Settings
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
 from convexlearn.program.declaration import Declaration, quiet
-from convexlearn.program.program import Solution, Status
+from convexlearn.program.program import Solution
 from convexlearn.program.self_check import self_check
 from convexlearn.solvers import choose, find
 from convexlearn.solvers.base import Solver
@@ -40,13 +40,15 @@ class LayerSolution:
 
     variables: tuple of tensors (*batch, *shape), differentiable; ok and status: (*batch,);
     iterations and residual (relative KKT residual): (*batch,). `status` holds values of Status.
-    `limited` says that the caller set an iteration or time limit.
+    `limited` says that the caller set an iteration or time limit, `judged` that an operator looked at the
+    statuses already.
     """
 
     variables: tuple[Tensor, ...]
     solution: Solution
     batch: tuple[int, ...]
     limited: bool = False
+    judged: bool = False
 
     @property
     def ok(self) -> Tensor:
@@ -119,6 +121,7 @@ class ConvexLayer(nn.Module):
         self._compiled, self._solver = _compile(self._declaration, solver, gp, canon_backend)
         if check:
             self_check(self._compiled, self._declaration, gp, self._solver.native_objective)
+        self._prepared = Prepared.of(self._compiled, self._solver)
         self._options = read_options(self._solver, self._solver.options(verbose=verbose), solver_args or {})
         self._explicit_limit = is_limited(solver_args or {})
         self._bounded = tuple(k for k, p in enumerate(self._compiled.parameters) if p.domain.checked)
@@ -140,7 +143,7 @@ class ConvexLayer(nn.Module):
         without leading dimensions are shared by the batch. The result has their dtype and device.
         Raises ShapeError, DomainError, MissingParameterError, and SolverError by `on_failure`.
         """
-        result = self._run(params, by_name, solver_args, warm_start)
+        result = self._run(params, by_name, solver_args, warm_start, quiet=False)
         self.judge(result)
         return result.variables
 
@@ -156,29 +159,8 @@ class ConvexLayer(nn.Module):
 
     def judge(self, result: LayerSolution) -> None:
         """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
-        if result.solution.all_solved:
-            return
-        status = result.solution.status
-        stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & result.limited
-        failed = ~result.solution.ok & ~stopped
-        shape = result.batch
-        if bool(stopped.any()):
-            text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
-            warnings.warn(text, LimitWarning, stacklevel=3)
-        if bool((status == Status.INACCURATE).any()):
-            inaccurate = status == Status.INACCURATE
-            worst = float(result.solution.residual[inaccurate].max())
-            warnings.warn(
-                f"{count_text(inaccurate, shape)} solved to a relative KKT residual of {worst:.1e} only; scale the "
-                "problem's data, or try another solver",
-                InaccurateWarning,
-                stacklevel=3,
-            )
-        if bool(failed.any()) and self.on_failure == "raise":
-            active = collector()
-            if active is None:
-                raise SolverError(failure_text(failed, status, shape))
-            active.name([Status(k).name if lost else "" for k, lost in zip(status.tolist(), failed.tolist())])
+        if not result.judged:
+            judge(result.solution, result.batch, result.limited, self.on_failure)
 
     @property
     def solver(self) -> Solver:
@@ -218,9 +200,16 @@ class ConvexLayer(nn.Module):
         return state
 
     def _run(
-        self, params: tuple, by_name: dict, solver_args: dict | None, warm_start: LayerSolution | bool
+        self,
+        params: tuple,
+        by_name: dict,
+        solver_args: dict | None,
+        warm_start: LayerSolution | bool,
+        quiet: bool = True,
     ) -> LayerSolution:
         values = self._bind(params, by_name)
+        if transformed():
+            return self._run_transformed(values, solver_args or {}, quiet)
         key = tuple([(v.shape, v.dtype, v.device) for v in values])
         plan = self._plans.get(key)
         if plan is None:
@@ -240,6 +229,28 @@ class ConvexLayer(nn.Module):
         if warm_start is True:
             self._last = result.detach()
         return result
+
+    def _run_transformed(self, values: list[Tensor], solver_args: dict[str, Any], quiet: bool) -> LayerSolution:
+        """Through PyTorch's dispatcher: under transforms, compiled or exported; a warm start has no effect there."""
+        batch, batched = batch_shape(self._compiled, values)
+        size, prepared = math.prod(batch), self._prepared
+        sizes = prepared.layout.widths
+        flat = [v.reshape(size if k else 1, w).to(torch.float64) for v, k, w in zip(values, batched, sizes)]
+        settings = self._settings(quiet, **solver_args)
+        fill = list(self._fallback) or (0.0 if self.on_failure == "raise" and not quiet else math.nan)
+        *found, x, z, status, iterations, residual, _ = outputs(
+            prepared.layout, prepared.structure, settings, fill, *flat
+        )
+        dtype = result_type(values)
+        shaped = (y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs))
+        solution = Solution(self._compiled.program, None, x, z, status, iterations, residual)
+        return LayerSolution(tuple(shaped), solution, batch, is_limited(solver_args) or self._explicit_limit, not quiet)
+
+    @torch.compiler.assume_constant_result
+    def _settings(self, quiet: bool, **solver_args: Any) -> str:
+        options = read_options(self._solver, self._options, solver_args)
+        limited = self._explicit_limit or is_limited(solver_args)
+        return Settings(options, self.on_failure, quiet, limited).text()
 
     def _bind(self, params: tuple, by_name: dict[str, Any]) -> list[Tensor]:
         """Arguments by position, then by name, as tensors on one device."""
