@@ -13,11 +13,13 @@ from convexlearn.errors import OptionError, ShapeError, suggest
 from convexlearn.failures import collector
 from convexlearn.layer_arguments import (
     as_tensor,
+    batch_shape,
     check_declaration,
     fallback_rows,
     is_limited,
     judge,
     read_options,
+    result_type,
 )
 from convexlearn.layer_node import Call, Node, Plan, Solve
 from convexlearn.layer_transforms import outputs, transformed
@@ -28,7 +30,7 @@ from convexlearn.program.declaration import Declaration, quiet
 from convexlearn.program.program import Solution
 from convexlearn.program.self_check import self_check
 from convexlearn.solvers import choose, find
-from convexlearn.solvers.base import Solver
+from convexlearn.solvers.base import Options, Solver
 
 POLICIES = ("raise", "nan", "fallback")
 MOST_PLANS = 64  # layouts kept, one for each combination of shapes and dtypes that was seen
@@ -209,7 +211,7 @@ class ConvexLayer(nn.Module):
     ) -> LayerSolution:
         values = self._bind(params, by_name)
         if transformed():
-            return self._run_transformed(values, solver_args or {}, quiet)
+            return self._by_operators(values, self._settings(quiet, **(solver_args or {})))
         key = tuple([(v.shape, v.dtype, v.device) for v in values])
         plan = self._plans.get(key)
         if plan is None:
@@ -230,21 +232,19 @@ class ConvexLayer(nn.Module):
             self._last = result.detach()
         return result
 
-    def _run_transformed(self, values: list[Tensor], solver_args: dict[str, Any], quiet: bool) -> LayerSolution:
+    def _by_operators(self, values: list[Tensor], settings: str) -> LayerSolution:
         """Through PyTorch's dispatcher: under transforms, compiled or exported; a warm start has no effect there."""
         batch, batched = batch_shape(self._compiled, values)
         size, prepared = math.prod(batch), self._prepared
-        sizes = prepared.layout.widths
-        flat = [v.reshape(size if k else 1, w).to(torch.float64) for v, k, w in zip(values, batched, sizes)]
-        settings = self._settings(quiet, **solver_args)
-        fill = list(self._fallback) or (0.0 if self.on_failure == "raise" and not quiet else math.nan)
-        *found, x, z, status, iterations, residual, _ = outputs(
-            prepared.layout, prepared.structure, settings, fill, *flat
+        widths = prepared.layout.widths
+        flat = [v.reshape(size if k else 1, w).to(torch.float64) for v, k, w in zip(values, batched, widths)]
+        *found, x, z, status, iterations, residual = outputs(
+            prepared.layout, prepared.structure, settings, list(self._fallback), *flat
         )
         dtype = result_type(values)
-        shaped = (y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs))
+        shaped = [y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs)]
         solution = Solution(self._compiled.program, None, x, z, status, iterations, residual)
-        return LayerSolution(tuple(shaped), solution, batch, is_limited(solver_args) or self._explicit_limit, not quiet)
+        return LayerSolution(tuple(shaped), solution, batch, judged=True)
 
     @torch.compiler.assume_constant_result
     def _settings(self, quiet: bool, **solver_args: Any) -> str:
@@ -277,7 +277,11 @@ class ConvexLayer(nn.Module):
         compiled = self._compiled
         outputs = tuple(SparseMap(r.matrix) for r in compiled.outputs)
         sizes = tuple(math.prod(p.shape) for p in compiled.parameters)
-        return Node(compiled, self._solver, outputs, sizes, self._filler)
+        return Node(compiled, self._solver, outputs, sizes, self._filler, self._again)
+
+    def _again(self, values: Sequence[Tensor], options: Options, limited: bool) -> tuple[Tensor, ...]:
+        """The same outputs by the operators, for gradients that are differentiated themselves."""
+        return self._by_operators(list(values), Settings(options, self.on_failure, True, limited).text()).variables
 
     def _warm(self, warm_start: LayerSolution | bool, size: int) -> Solution | None:
         last = self._last if warm_start is True else warm_start

@@ -11,6 +11,7 @@ linear in it is V, the derivative of the projection on the dual cone at z - s (`
 
 import json
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,24 +34,24 @@ def transformed() -> bool:
 
 
 def outputs(
-    layout: Layout, structure: Tensor, settings: str, fill: list[Tensor] | float, *params: Tensor
+    layout: Layout, structure: Tensor, settings: str, fallback: list[Tensor], *params: Tensor
 ) -> tuple[Tensor, ...]:
-    """Raw parameters (1 or B, k) -> outputs (B, size), then x, z, status, iterations, residual, usable.
+    """Raw parameters (1 or B, k) -> outputs (B, size), then x, z, status, iterations, residual.
 
-    Rows of samples that are not usable are `fill`, a row for each output or one number.
+    Rows of samples that are not usable are those of `fallback`, one for each output, if there are any.
     """
-    x, z, status, iterations, residual, usable = Optimum.apply(layout, settings, structure, *params)  # type: ignore
+    x, z, status, iterations, residual, usable, collected = Optimum.apply(layout, settings, structure, *params)  # type: ignore
     result = []
     structure = structure.to(x.device)
     for k, output in enumerate(layout.outputs):
         ends = [output.start + i * output.nnz for i in range(4)]
-        rows, cols, bits = (structure[a:b] for a, b in zip(ends, ends[1:]))
+        rows, cols, bits = (structure[a:b] for a, b in pairwise(ends))
         offset = structure[ends[3] : ends[3] + output.size].view(torch.float64)
         y = _multiply(z if output.dual else x, cols, rows, bits, output.size) + offset
         y = y.exp() if output.exp else y
-        row = fill if isinstance(fill, float) else fill[k].to(y)
+        row = fallback[k].to(y) if fallback else torch.where(collected, 0.0, torch.nan)[:, None]
         result.append(torch.where(usable[:, None], y, row))
-    return *result, x, z, status, iterations, residual, usable
+    return *result, x, z, status, iterations, residual
 
 
 class Optimum(torch.autograd.Function):
@@ -65,8 +66,8 @@ class Optimum(torch.autograd.Function):
         ctx.layout, ctx.settings, *tensors = inputs
         x, z, *rest = output
         ctx.mark_non_differentiable(*rest)
-        ctx.save_for_backward(*tensors, rest[-1], x, z)
-        ctx.save_for_forward(*tensors, rest[-1], x, z)
+        ctx.save_for_backward(*tensors, rest[3], x, z)
+        ctx.save_for_forward(*tensors, rest[3], x, z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +86,7 @@ class Optimum(torch.autograd.Function):
         rx = -dq - index.symmetric(dP, x) - index.transposed(dA, z)
         rz = db - index.product(dA, x)
         dx, dz = Adjoint.apply(*point, rx[:, None], rz[:, None], *params)
-        return dx[:, 0], dz[:, 0], None, None, None, None
+        return dx[:, 0], dz[:, 0], None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -114,11 +115,11 @@ class Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        structure, usable, x, z, rx, rz, *params, wx, wz = ctx.saved_tensors
+        structure, usable, x, z, _, rz, *params, wx, wz = ctx.saved_tensors
         layout = ctx.layout
         index = _Index.of(layout, structure, x)
         ux, uz = Adjoint.apply(layout, ctx.settings, structure, usable, x, z, *grads, *params)
-        P, _, A, b = _entries(layout, structure, params).split(layout.entries, 1)
+        _, _, A, b = _entries(layout, structure, params).split(layout.entries, 1)
         gradient = _data_gradient(index, (wx, wz), (ux, uz), False)
         gx, gz = torch.zeros_like(x), torch.zeros_like(z)
         if not _flat(layout, ctx.settings):
@@ -135,7 +136,8 @@ class Adjoint(torch.autograd.Function):
         structure, usable, x, z, rx, rz, *params, wx, wz = ctx.saved_tensors
         layout = ctx.layout
         _, _, _, _, dx, dz, drx, drz, *rest = tangents
-        dx, dz, drx, drz = (torch.zeros_like(v) if t is None else t for t, v in ((dx, x), (dz, z), (drx, rx), (drz, rz)))
+        pairs = (dx, x), (dz, z), (drx, rx), (drz, rz)
+        dx, dz, drx, drz = (torch.zeros_like(v) if t is None else t for t, v in pairs)
         index = _Index.of(layout, structure, x)
         dP, _, dA, db = _push_forward(layout, structure, params, rest).split(layout.entries, 1)
         dP, dA_ = dP[:, None], dA[:, None]

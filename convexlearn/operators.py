@@ -101,9 +101,9 @@ class Recipe:
         """The solution that x was handed out for, or the same computed once more."""
         data = self.data(params)
         reference, text, solution = self.states.get(x.data_ptr(), (None, "", None))
-        if reference is not None and not reference.expired() and solution is not None and text == settings:
-            if all(torch.equal(a, b) for a, b in zip(data.fields(), solution.data.fields())):
-                return solution
+        alive = reference is not None and not reference.expired() and text == settings
+        if alive and all(torch.equal(a, b) for a, b in zip(data.fields(), solution.data.fields())):
+            return solution
         return self.solver.solve(self.compiled.program, data, Settings.read(settings, self.solver).options)
 
 
@@ -162,10 +162,11 @@ def usable_samples(solution: Solution, limited: bool) -> Tensor:
 @torch.library.custom_op("convexlearn::solve", mutates_args=())
 def solve(
     structure: Tensor, params: list[Tensor], n: int, m: int, settings: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (B, n), z (B, m), status, iterations, residual and usable (B,) for raw parameters (1 or B, k), float64.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (B, n), z (B, m), status, iterations, residual, usable, collected (B,) for raw parameters (1 or B, k), float64.
 
-    Rows of samples that are not usable are zero. Raises DomainError for values, SolverError for statuses.
+    Rows of samples that are not usable are zero; collected is True while a simulator collects failures, which
+    then wants finite outputs for them. Raises DomainError for values, SolverError for statuses.
     """
     recipe = recipe_of(structure)
     chosen = Settings.read(settings, recipe.solver)
@@ -180,7 +181,8 @@ def solve(
     x, z = (torch.where(usable[:, None], v, 0.0) for v in (solution.x, solution.z))
     recipe.keep(x, settings, solution)
     status, iterations = (v.to(torch.int64).clone() for v in (solution.status, solution.iterations))
-    return x, z, status, iterations, solution.residual.clone(), usable.clone()
+    collected = torch.full_like(usable, collecting is not None)
+    return x, z, status, iterations, solution.residual.clone(), usable.clone(), collected
 
 
 @solve.register_fake
@@ -189,7 +191,8 @@ def _(structure: Tensor, params: list[Tensor], n: int, m: int, settings: str) ->
     device = params[0].device if params else structure.device
     make = lambda *shape, dtype=torch.float64: torch.empty(*shape, dtype=dtype, device=device)  # noqa: E731
     status, iterations = (make(batch, dtype=torch.int64) for _ in range(2))
-    return make(batch, n), make(batch, m), status, iterations, make(batch), make(batch, dtype=torch.bool)
+    usable, collected = (make(batch, dtype=torch.bool) for _ in range(2))
+    return make(batch, n), make(batch, m), status, iterations, make(batch), usable, collected
 
 
 @torch.library.custom_op("convexlearn::adjoint", mutates_args=())
@@ -209,7 +212,7 @@ def adjoint(
     # q and b by sample: their gradients are the adjoint variables
     split = ProgramData(data.P, data.q.expand(len(x), -1), data.A, data.b.expand(len(x), -1), batch=data.batch)
     solution = solution.replaced(split, status)
-    wx, wz = torch.zeros_like(rx), torch.zeros_like(rz)
+    wx, wz = (r.new_zeros(r.shape) for r in (rx, rz))
     for k in range(rx.shape[1]):
         right = (torch.where(usable[:, None], r[:, k], 0.0).contiguous() for r in (rx, rz))
         found = recipe.solver.adjoint(solution, *right)
@@ -221,6 +224,5 @@ def adjoint(
 def _(
     structure: Tensor, params: list[Tensor], x: Tensor, rx: Tensor, rz: Tensor, settings: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rx, memory_format=torch.contiguous_format), torch.empty_like(
-        rz, memory_format=torch.contiguous_format
-    )
+    wx, wz = (r.new_empty(r.shape) for r in (rx, rz))
+    return wx, wz

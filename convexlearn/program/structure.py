@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ def decode(structure: Tensor) -> tuple[Compiled, str]:
     description = json.loads(values[HEADER : HEADER + length // 8].tobytes())
     n, m, nnz_P, nnz_A, nnz = description["sizes"]
     ends = np.cumsum([HEADER + length // 8, nnz_P, nnz_P, nnz_A, nnz_A, nnz, nnz, nnz])
-    P_rows, P_cols, A_rows, A_cols, rows, cols, bits = (values[a:b] for a, b in zip(ends, ends[1:]))
+    P_rows, P_cols, A_rows, A_cols, rows, cols, bits = (values[a:b] for a, b in pairwise(ends))
     P, A = (
         Sparsity(i.astype(np.int32), j.astype(np.int32), shape)
         for i, j, shape in ((P_rows, P_cols, (n, n)), (A_rows, A_cols, (m, n)))
@@ -163,7 +163,8 @@ def _parameter(spec: ParameterSpec) -> dict[str, Any]:
 
 def _specification(text: dict[str, Any]) -> ParameterSpec:
     shape = tuple(text["shape"])
-    lower, upper = (None if b is None else np.array(b, dtype=float).reshape(shape) for b in (text["lower"], text["upper"]))
+    bounds = text["lower"], text["upper"]
+    lower, upper = (None if b is None else np.array(b, dtype=float).reshape(shape) for b in bounds)
     entries = None if text["entries"] is None else tuple(np.array(i) for i in text["entries"])
     domain = Domain(shape, text["structure"], lower, upper, entries, tuple(text["words"]))
     return ParameterSpec(text["name"], shape, domain)

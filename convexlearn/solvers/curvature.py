@@ -10,13 +10,15 @@ from torch import Tensor
 
 from convexlearn.errors import OptionError
 
+Shape = tuple[int, int, tuple[int, ...], int]
 
-def is_flat(cones: tuple[int, int, tuple[int, ...], int], smoothing: float) -> bool:
+
+def is_flat(cones: Shape, smoothing: float) -> bool:
     """Whether V is piecewise constant: zero cones and orthants without smoothing."""
     return not cones[2] and not cones[3] and not smoothing
 
 
-def curvature(v: Tensor, a: Tensor, b: Tensor, cones: tuple[int, int, tuple[int, ...], int], smoothing: float) -> Tensor:
+def curvature(v: Tensor, a: Tensor, b: Tensor, cones: Shape, smoothing: float) -> Tensor:
     """Gradient of a'V(v)b with respect to v, all (B, k, m); cones: (zero, nonneg, soc, rows of others).
 
     Reference for second-order cones: Fukushima, Luo, Tseng, Smoothing functions for second-order-cone
@@ -29,7 +31,7 @@ def curvature(v: Tensor, a: Tensor, b: Tensor, cones: tuple[int, int, tuple[int,
             "or write the problem with second-order cones"
         )
     if smoothing and orders:
-        raise OptionError("second derivatives with smoothing need a QP or an LP; set smoothing=0 for second-order cones")
+        raise OptionError("second derivatives with smoothing need a QP or an LP; leave smoothing=0 here")
     parts = [torch.zeros_like(v[..., :zero]), _orthant(*(w[..., zero : zero + nonneg] for w in (v, a, b)), smoothing)]
     start = zero + nonneg
     for order in orders:
