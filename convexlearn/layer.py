@@ -42,15 +42,13 @@ class LayerSolution:
 
     variables: tuple of tensors (*batch, *shape), differentiable; ok and status: (*batch,);
     iterations and residual (relative KKT residual): (*batch,). `status` holds values of Status.
-    `limited` says that the caller set an iteration or time limit, `judged` that an operator looked at the
-    statuses already.
+    `limited` says that the caller set an iteration or time limit.
     """
 
     variables: tuple[Tensor, ...]
     solution: Solution
     batch: tuple[int, ...]
     limited: bool = False
-    judged: bool = False
 
     @property
     def ok(self) -> Tensor:
@@ -126,6 +124,7 @@ class ConvexLayer(nn.Module):
         self._prepared = Prepared.of(self._compiled, self._solver)
         self._options = read_options(self._solver, self._solver.options(verbose=verbose), solver_args or {})
         self._explicit_limit = is_limited(solver_args or {})
+        self._names = tuple(p.name for p in self._compiled.parameters)
         self._bounded = tuple(k for k, p in enumerate(self._compiled.parameters) if p.domain.checked)
         self._maps: dict[tuple[bool, ...], DataMap] = {}
         self._plans: dict[tuple, Plan] = {}
@@ -145,9 +144,7 @@ class ConvexLayer(nn.Module):
         without leading dimensions are shared by the batch. The result has their dtype and device.
         Raises ShapeError, DomainError, MissingParameterError, and SolverError by `on_failure`.
         """
-        result = self._run(params, by_name, solver_args, warm_start, quiet=False)
-        self.judge(result)
-        return result.variables
+        return self.judged(*params, solver_args=solver_args, warm_start=warm_start, **by_name).variables
 
     def solve(
         self,
@@ -159,20 +156,28 @@ class ConvexLayer(nn.Module):
         """As forward, with status per sample; never raises on a status (failed rows are NaN or `fallback`)."""
         return self._run(params, by_name, solver_args, warm_start)
 
-    def judge(self, result: LayerSolution) -> None:
-        """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
-        if not result.judged:
+    def judged(
+        self,
+        *params: Any,
+        solver_args: dict[str, Any] | None = None,
+        warm_start: "LayerSolution | bool" = False,
+        **by_name: Any,
+    ) -> LayerSolution:
+        """As solve, but raises SolverError or warns by the statuses, as forward does."""
+        result = self._run(params, by_name, solver_args, warm_start, quiet=False)
+        if not transformed():  # else the operator has done it
             judge(result.solution, result.batch, result.limited, self.on_failure)
+        return result
 
     @property
     def solver(self) -> Solver:
         """The solver that this layer uses."""
         return self._solver
 
-    @cached_property
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """CVXPY names of the parameters, in the order of forward's arguments."""
-        return tuple(p.name for p in self._compiled.parameters)
+        return self._names
 
     def problem(self, **values: Any) -> Any:
         """A fresh copy of the CVXPY problem, parameters set by name to `values`."""
@@ -244,7 +249,7 @@ class ConvexLayer(nn.Module):
         dtype = result_type(values)
         shaped = [y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs)]
         solution = Solution(self._compiled.program, None, x, z, status, iterations, residual)
-        return LayerSolution(tuple(shaped), solution, batch, judged=True)
+        return LayerSolution(tuple(shaped), solution, batch)
 
     @torch.compiler.assume_constant_result
     def _settings(self, quiet: bool, **solver_args: Any) -> str:

@@ -10,6 +10,7 @@ linear in it is V, the derivative of the projection on the dual cone at z - s (`
 """
 
 import json
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -54,6 +55,20 @@ def outputs(
     return *result, x, z, status, iterations, residual
 
 
+def nested(rule: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A jvp rule(ctx, saved, *tangents) that an outer forward mode differentiates again.
+
+    PyTorch calls jvp with forward mode switched off for the levels around it too, which loses their tangents
+    without an error. Here it is on, and the saved tensors are stripped of the tangents of this level.
+    """
+
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return rule(ctx, [forward_ad.unpack_dual(v, level=0).primal for v in ctx.saved_tensors], *tangents)
+
+    return jvp
+
+
 class Optimum(torch.autograd.Function):
     """(layout, settings, structure, *parameters) -> what `operators.solve` returns; x and z are differentiable."""
 
@@ -78,8 +93,9 @@ class Optimum(torch.autograd.Function):
         return None, None, None, *_pull_back(ctx.layout, structure, params, entries)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        structure, *params, usable, x, z = ctx.saved_tensors
+    @nested
+    def jvp(ctx: Any, saved: list[Tensor], *tangents: Any) -> tuple[Tensor | None, ...]:
+        structure, *params, usable, x, z = saved
         point = (ctx.layout, ctx.settings, structure, usable, x, z)
         index, moved = _Index.of(ctx.layout, structure, x), _push_forward(ctx.layout, structure, params, tangents[3:])
         dP, dq, dA, db = moved.split(ctx.layout.entries, 1)
@@ -132,8 +148,9 @@ class Adjoint(torch.autograd.Function):
         return None, None, None, None, gx, gz, ux, uz, *_pull_back(layout, structure, params, gradient)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        structure, usable, x, z, rx, rz, *params, wx, wz = ctx.saved_tensors
+    @nested
+    def jvp(ctx: Any, saved: list[Tensor], *tangents: Any) -> tuple[Tensor, Tensor]:
+        structure, usable, x, z, rx, rz, *params, wx, wz = saved
         layout = ctx.layout
         _, _, _, _, dx, dz, drx, drz, *rest = tangents
         pairs = (dx, x), (dz, z), (drx, rx), (drz, rz)
