@@ -22,7 +22,7 @@ from convexlearn.program.compiler import Compiled
 from convexlearn.program.data_map import DataMap
 from convexlearn.program.program import ProgramData, Solution, Status
 from convexlearn.program.structure import Layout, decode, digest_of, encode
-from convexlearn.solvers import find
+from convexlearn.solvers import SOLVERS
 from convexlearn.solvers.base import Options, Solver
 
 LOADED = 64  # decoded structures kept that no layer of this process holds
@@ -139,7 +139,7 @@ def recipe_of(structure: Tensor) -> Recipe:
     found = _held.get(digest) or _loaded.get(digest)
     if found is None:
         compiled, solver = decode(structure)
-        found = _loaded[digest] = Recipe(compiled, find(solver))
+        found = _loaded[digest] = Recipe(compiled, SOLVERS[solver]())
         if len(_loaded) > LOADED:
             _loaded.popitem(last=False)
     return found
