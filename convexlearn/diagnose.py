@@ -84,6 +84,7 @@ def diagnose(layer: ConvexLayer, *params: Any, step: float = 1e-5, seed: int = 0
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvexLearnWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of PyTorch's own forward mode
         values = layer._bind(params, by_name)
         found = layer.solve(*values)
         solution, smoothing = found.solution, float(getattr(layer._options, "smoothing", 0.0))
