@@ -271,7 +271,7 @@ def _disagreement(layer: ConvexLayer, values: list[Tensor], step: float, seed: i
 
     ahead, behind = (flat(*(v + sign * step * d for v, d in zip(values, directions))) for sign in (1, -1))
     difference = (ahead - behind) / (2 * step)
-    _, exact = torch.func.jvp(flat, tuple(values), directions)
+    exact: Any = torch.func.jvp(flat, tuple(values), directions)[1]
     return (exact - difference).abs().amax(-1) / difference.abs().amax(-1).clamp(min=1e-6)
 
 

@@ -248,7 +248,8 @@ class ConvexLayer(nn.Module):
         )
         dtype = result_type(values)
         shaped = [y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs)]
-        solution = Solution(self._compiled.program, None, x, z, status, iterations, residual)
+        none: Any = None  # the data stay inside the operator
+        solution = Solution(self._compiled.program, none, x, z, status, iterations, residual)
         return LayerSolution(tuple(shaped), solution, batch)
 
     @torch.compiler.assume_constant_result

@@ -175,8 +175,11 @@ def judge(solution: Solution, shape: tuple[int, ...], limited: bool, on_failure:
             InaccurateWarning,
             stacklevel=4,
         )
-    if bool(failed.any()) and on_failure == "raise" and collector() is None:
-        raise SolverError(failure_text(failed, status, shape))
+    if bool(failed.any()) and on_failure == "raise":
+        active = collector()
+        if active is None:
+            raise SolverError(failure_text(failed, status, shape))
+        active.name([Status(k).name if lost else "" for k, lost in zip(status.tolist(), failed.tolist())])
 
 
 def count_text(mask: Tensor, shape: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from convexlearn.errors import OptionError
 from convexlearn.layer_arguments import batch_shape, check_finite, result_type
@@ -188,7 +189,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+        if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, grads)):
             return None, *_by_operators(ctx, grads)
         call, params = ctx.call, ctx.saved_tensors
         plan, solution = call.plan, call.solution
@@ -243,7 +244,7 @@ def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, Any]:
 
 def _by_operators(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function of the parameters: through the operators, which can all orders."""
-    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+    if any(map(is_legacy_batchedtensor, grads)):
         raise OptionError(
             "batched gradients of torch.autograd (is_grads_batched=True, vectorize=True) do not reach solvers; use "
             "torch.func.jacrev, torch.func.vmap, or vectorize=False"

@@ -10,13 +10,14 @@ linear in it is V, the derivative of the projection on the dual cone at z - s (`
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from convexlearn.operators import batch_of
@@ -28,7 +29,7 @@ def transformed() -> bool:
     """Whether a transform, a tracer or forward-mode differentiation is at work; a fraction of a microsecond."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
@@ -288,7 +289,8 @@ def _pull_back(layout: Layout, structure: Tensor, params: list[Tensor], gradient
     for (k, log), g in zip(layout.features, found.split([*sizes, 1], 1)):
         g = g.sum(0, keepdim=True) if params[k].shape[0] == 1 else g
         g = g / params[k] if log else g
-        result[k] = g if result[k] is None else result[k] + g
+        earlier = result[k]
+        result[k] = g if earlier is None else earlier + g
     return result
 
 
@@ -307,7 +309,7 @@ def _front(v: Tensor, dim: int | None, size: int) -> Tensor:
     return v.expand(size, *v.shape) if dim is None else v.movedim(dim, 0)
 
 
-def _folded(params: list[Tensor], dims: tuple, size: int) -> list[Tensor]:
+def _folded(params: list[Tensor], dims: Sequence[int | None], size: int) -> list[Tensor]:
     """Parameters (1 or B, k), some mapped over `size`, as (1 or size B, k); what all share stays shared."""
     moved = [p if d is None else p.movedim(d, 0) for p, d in zip(params, dims)]
     batch = batch_of([p if d is None else p[0] for p, d in zip(moved, dims)])

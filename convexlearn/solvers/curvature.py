@@ -32,7 +32,8 @@ def curvature(v: Tensor, a: Tensor, b: Tensor, cones: Shape, smoothing: float) -
         )
     if smoothing and orders:
         raise OptionError("second derivatives with smoothing need a QP or an LP; leave smoothing=0 here")
-    parts = [torch.zeros_like(v[..., :zero]), _orthant(*(w[..., zero : zero + nonneg] for w in (v, a, b)), smoothing)]
+    signs = slice(zero, zero + nonneg)
+    parts = [torch.zeros_like(v[..., :zero]), _orthant(v[..., signs], a[..., signs], b[..., signs], smoothing)]
     start = zero + nonneg
     for order in orders:
         parts.append(_second_order(*(w[..., start : start + order] for w in (v, a, b))))
