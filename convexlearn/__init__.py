@@ -1,6 +1,7 @@
 """convexlearn: decision rules tuned from data."""
 
 from convexlearn import errors, networks, objectives, simulate
+from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
@@ -29,6 +30,7 @@ __all__ = [
     "ConvexLayer",
     "ConvexRule",
     "DecisionRule",
+    "Diagnosis",
     "Domain",
     "Evaluation",
     "History",
@@ -46,6 +48,7 @@ __all__ = [
     "adp",
     "as_rule",
     "dare",
+    "diagnose",
     "dlyap",
     "errors",
     "evaluate",

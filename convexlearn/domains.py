@@ -237,7 +237,7 @@ class Domain:
         return value
 
     def _entry_bounds(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        bounds = (None if b is None else like.new_tensor(b) for b in (self.lower, self.upper))
+        bounds = (None if b is None else torch.as_tensor(b).to(like) for b in (self.lower, self.upper))
         lower, upper = (None if b is None else self._gather(b) for b in bounds)
         return lower, upper
 

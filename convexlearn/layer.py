@@ -1,7 +1,6 @@
 """ConvexLayer: a parametrized CVXPY problem and a solver as one autograd node; drop-in for CvxpyLayer."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,25 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexlearn.errors import InaccurateWarning, LimitWarning, OptionError, ShapeError, SolverError, suggest
+from convexlearn.errors import OptionError, ShapeError, suggest
 from convexlearn.failures import collector
 from convexlearn.layer_arguments import (
     as_tensor,
+    batch_shape,
     check_declaration,
-    count_text,
-    failure_text,
     fallback_rows,
     is_limited,
+    judge,
     read_options,
+    result_type,
 )
 from convexlearn.layer_node import Call, Node, Plan, Solve
+from convexlearn.layer_transforms import outputs, transformed
+from convexlearn.operators import Prepared, Settings
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
 from convexlearn.program.declaration import Declaration, quiet
-from convexlearn.program.program import Solution, Status
+from convexlearn.program.program import Solution
 from convexlearn.program.self_check import self_check
 from convexlearn.solvers import choose, find
-from convexlearn.solvers.base import Solver
+from convexlearn.solvers.base import Options, Solver
 
 POLICIES = ("raise", "nan", "fallback")
 MOST_PLANS = 64  # layouts kept, one for each combination of shapes and dtypes that was seen
@@ -119,8 +121,10 @@ class ConvexLayer(nn.Module):
         self._compiled, self._solver = _compile(self._declaration, solver, gp, canon_backend)
         if check:
             self_check(self._compiled, self._declaration, gp, self._solver.native_objective)
+        self._prepared = Prepared.of(self._compiled, self._solver)
         self._options = read_options(self._solver, self._solver.options(verbose=verbose), solver_args or {})
         self._explicit_limit = is_limited(solver_args or {})
+        self._names = tuple(p.name for p in self._compiled.parameters)
         self._bounded = tuple(k for k, p in enumerate(self._compiled.parameters) if p.domain.checked)
         self._maps: dict[tuple[bool, ...], DataMap] = {}
         self._plans: dict[tuple, Plan] = {}
@@ -140,9 +144,7 @@ class ConvexLayer(nn.Module):
         without leading dimensions are shared by the batch. The result has their dtype and device.
         Raises ShapeError, DomainError, MissingParameterError, and SolverError by `on_failure`.
         """
-        result = self._run(params, by_name, solver_args, warm_start)
-        self.judge(result)
-        return result.variables
+        return self.judged(*params, solver_args=solver_args, warm_start=warm_start, **by_name).variables
 
     def solve(
         self,
@@ -154,41 +156,28 @@ class ConvexLayer(nn.Module):
         """As forward, with status per sample; never raises on a status (failed rows are NaN or `fallback`)."""
         return self._run(params, by_name, solver_args, warm_start)
 
-    def judge(self, result: LayerSolution) -> None:
-        """Raise SolverError or warn by the statuses of a result of `solve`, as forward does."""
-        if result.solution.all_solved:
-            return
-        status = result.solution.status
-        stopped = (status == Status.FAILED) & torch.isfinite(result.solution.x).all(1) & result.limited
-        failed = ~result.solution.ok & ~stopped
-        shape = result.batch
-        if bool(stopped.any()):
-            text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
-            warnings.warn(text, LimitWarning, stacklevel=3)
-        if bool((status == Status.INACCURATE).any()):
-            inaccurate = status == Status.INACCURATE
-            worst = float(result.solution.residual[inaccurate].max())
-            warnings.warn(
-                f"{count_text(inaccurate, shape)} solved to a relative KKT residual of {worst:.1e} only; scale the "
-                "problem's data, or try another solver",
-                InaccurateWarning,
-                stacklevel=3,
-            )
-        if bool(failed.any()) and self.on_failure == "raise":
-            active = collector()
-            if active is None:
-                raise SolverError(failure_text(failed, status, shape))
-            active.name([Status(k).name if lost else "" for k, lost in zip(status.tolist(), failed.tolist())])
+    def judged(
+        self,
+        *params: Any,
+        solver_args: dict[str, Any] | None = None,
+        warm_start: "LayerSolution | bool" = False,
+        **by_name: Any,
+    ) -> LayerSolution:
+        """As solve, but raises SolverError or warns by the statuses, as forward does."""
+        result = self._run(params, by_name, solver_args, warm_start, quiet=False)
+        if not transformed():  # else the operator has done it
+            judge(result.solution, result.batch, result.limited, self.on_failure)
+        return result
 
     @property
     def solver(self) -> Solver:
         """The solver that this layer uses."""
         return self._solver
 
-    @cached_property
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """CVXPY names of the parameters, in the order of forward's arguments."""
-        return tuple(p.name for p in self._compiled.parameters)
+        return self._names
 
     def problem(self, **values: Any) -> Any:
         """A fresh copy of the CVXPY problem, parameters set by name to `values`."""
@@ -218,9 +207,16 @@ class ConvexLayer(nn.Module):
         return state
 
     def _run(
-        self, params: tuple, by_name: dict, solver_args: dict | None, warm_start: LayerSolution | bool
+        self,
+        params: tuple,
+        by_name: dict,
+        solver_args: dict | None,
+        warm_start: LayerSolution | bool,
+        quiet: bool = True,
     ) -> LayerSolution:
         values = self._bind(params, by_name)
+        if transformed():
+            return self._by_operators(values, self._settings(quiet, **(solver_args or {})))
         key = tuple([(v.shape, v.dtype, v.device) for v in values])
         plan = self._plans.get(key)
         if plan is None:
@@ -240,6 +236,27 @@ class ConvexLayer(nn.Module):
         if warm_start is True:
             self._last = result.detach()
         return result
+
+    def _by_operators(self, values: list[Tensor], settings: str) -> LayerSolution:
+        """Through PyTorch's dispatcher: under transforms, compiled or exported; a warm start has no effect there."""
+        batch, batched = batch_shape(self._compiled, values)
+        size, prepared = math.prod(batch), self._prepared
+        widths = prepared.layout.widths
+        flat = [v.reshape(size if k else 1, w).to(torch.float64) for v, k, w in zip(values, batched, widths)]
+        *found, x, z, status, iterations, residual = outputs(
+            prepared.layout, prepared.structure, settings, list(self._fallback), *flat
+        )
+        dtype = result_type(values)
+        shaped = [y.to(dtype).reshape((*batch, *r.shape)) for y, r in zip(found, self._compiled.outputs)]
+        none: Any = None  # the data stay inside the operator
+        solution = Solution(self._compiled.program, none, x, z, status, iterations, residual)
+        return LayerSolution(tuple(shaped), solution, batch)
+
+    @torch.compiler.assume_constant_result
+    def _settings(self, quiet: bool, **solver_args: Any) -> str:
+        options = read_options(self._solver, self._options, solver_args)
+        limited = self._explicit_limit or is_limited(solver_args)
+        return Settings(options, self.on_failure, quiet, limited).text()
 
     def _bind(self, params: tuple, by_name: dict[str, Any]) -> list[Tensor]:
         """Arguments by position, then by name, as tensors on one device."""
@@ -266,7 +283,11 @@ class ConvexLayer(nn.Module):
         compiled = self._compiled
         outputs = tuple(SparseMap(r.matrix) for r in compiled.outputs)
         sizes = tuple(math.prod(p.shape) for p in compiled.parameters)
-        return Node(compiled, self._solver, outputs, sizes, self._filler)
+        return Node(compiled, self._solver, outputs, sizes, self._filler, self._again)
+
+    def _again(self, values: Sequence[Tensor], options: Options, limited: bool) -> tuple[Tensor, ...]:
+        """The same outputs by the operators, for gradients that are differentiated themselves."""
+        return self._by_operators(list(values), Settings(options, self.on_failure, True, limited).text()).variables
 
     def _warm(self, warm_start: LayerSolution | bool, size: int) -> Solution | None:
         last = self._last if warm_start is True else warm_start

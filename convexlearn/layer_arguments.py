@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from functools import reduce
@@ -14,13 +15,17 @@ from torch import Tensor
 from convexlearn.errors import (
     CompileError,
     DomainError,
+    InaccurateWarning,
+    LimitWarning,
     MissingParameterError,
     OptionError,
     ShapeError,
+    SolverError,
     suggest,
 )
+from convexlearn.failures import collector
 from convexlearn.program.compiler import Compiled, ParameterSpec
-from convexlearn.program.program import Status
+from convexlearn.program.program import Solution, Status
 from convexlearn.solvers.base import Options, Solver
 
 logger = logging.getLogger(__name__)
@@ -149,6 +154,32 @@ def fallback_rows(fallback: Any, compiled: Compiled, on_failure: str) -> tuple[T
             raise ShapeError(f"fallback of '{output.name}' must have shape {output.shape}") from error
         rows.append(row.reshape(-1))
     return tuple(rows)
+
+
+def judge(solution: Solution, shape: tuple[int, ...], limited: bool, on_failure: str) -> None:
+    """Raise SolverError or warn by the statuses of a batch of this shape."""
+    if solution.all_solved:
+        return
+    status = solution.status
+    stopped = (status == Status.FAILED) & torch.isfinite(solution.x).all(1) & limited
+    failed = ~solution.ok & ~stopped
+    if bool(stopped.any()):
+        text = f"{count_text(stopped, shape)} stopped at the limit that was set; the last iterate is returned"
+        warnings.warn(text, LimitWarning, stacklevel=4)
+    inaccurate = status == Status.INACCURATE
+    if bool(inaccurate.any()):
+        worst = float(solution.residual[inaccurate].max())
+        warnings.warn(
+            f"{count_text(inaccurate, shape)} solved to a relative KKT residual of {worst:.1e} only; scale the "
+            "problem's data, or try another solver",
+            InaccurateWarning,
+            stacklevel=4,
+        )
+    if bool(failed.any()) and on_failure == "raise":
+        active = collector()
+        if active is None:
+            raise SolverError(failure_text(failed, status, shape))
+        active.name([Status(k).name if lost else "" for k, lost in zip(status.tolist(), failed.tolist())])
 
 
 def count_text(mask: Tensor, shape: tuple[int, ...]) -> str:

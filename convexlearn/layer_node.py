@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from convexlearn.errors import OptionError
 from convexlearn.layer_arguments import batch_shape, check_finite, result_type
@@ -28,6 +29,7 @@ class Node:
     outputs: tuple[SparseMap, ...]
     sizes: tuple[int, ...]
     fill: Callable[[Tensor, list[Tensor]], list[Tensor]]
+    again: Callable[[Sequence[Tensor], Options, bool], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +189,8 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return None, *_second_order(ctx, grads)
+        if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, grads)):
+            return None, *_by_operators(ctx, grads)
         call, params = ctx.call, ctx.saved_tensors
         plan, solution = call.plan, call.solution
         dx, dz = _upstream(ctx, grads)
@@ -240,21 +242,21 @@ def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, Any]:
     return total[False], total[True]
 
 
-def _second_order(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient as a differentiable function, on the active set that the solution found."""
+def _by_operators(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradient as a differentiable function of the parameters: through the operators, which can all orders."""
+    if any(map(is_legacy_batchedtensor, grads)):
+        raise OptionError(
+            "batched gradients of torch.autograd (is_grads_batched=True, vectorize=True) do not reach solvers; use "
+            "torch.func.jacrev, torch.func.vmap, or vectorize=False"
+        )
     call, params = ctx.call, ctx.saved_tensors
-    plan, solver = call.plan, call.plan.node.solver
-    if not hasattr(solver, "differentiable"):
-        raise OptionError(f"second derivatives need a solver for QPs and LPs; '{solver.name}' has none")
-    data = plan.map(*plan.features(params), plan.size, differentiable=True)
-    raw = plan.flat_outputs(*solver.differentiable(call.solution, data), differentiable=True)
-    upstream = [plan.flattened(g, k) for k, g in enumerate(grads)]
-    if ctx.usable is not None:
-        usable = ctx.usable[:, None]
-        raw, upstream = ([torch.where(usable, v, 0.0) for v in vs] for vs in (raw, upstream))
+    with torch.enable_grad():
+        found = call.plan.node.again(params, call.options, call.limited)
     needed = [k for k in range(len(params)) if ctx.needs_input_grad[k + 1]]
-    found = torch.autograd.grad(raw, [params[k] for k in needed], upstream, create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        found, [params[k] for k in needed], grads, create_graph=torch.is_grad_enabled(), allow_unused=True
+    )
     result: list[Tensor | None] = [None] * len(params)
-    for k, g in zip(needed, found):
+    for k, g in zip(needed, gradients):
         result[k] = g
     return tuple(result)

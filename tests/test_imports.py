@@ -20,6 +20,7 @@ domains
 program.program
 program.declaration
 program.compiler
+program.structure
 program.self_check program.compiled program.elimination
 program.substitution
 program.classify
@@ -31,13 +32,15 @@ solvers.base
 solvers.quadratic.*
 solvers.second_order.*
 solvers.cone_kernels solvers.conic_kernels
-solvers.cones
+solvers.cones solvers.curvature
 solvers.conic_system
 solvers.conic_newton
 solvers.conic
 solvers.diffcp
 solvers
 layer_arguments
+operators
+layer_transforms
 layer_node
 layer
 diagnose

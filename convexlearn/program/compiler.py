@@ -107,7 +107,7 @@ def compile_problem(
     P, p_map = _quadratic_map(parametric, theta, n)
     q_map = (sp.csr_array(parametric.q) @ theta)[:n]
     maps = {"P": p_map, "q": sp.csr_array(q_map), "A": a_map, "b": b_map}
-    fixed = tuple(_fixed_values(maps[f]) for f in ("P", "q", "A", "b"))
+    fixed = tuple(fixed_values(maps[f]) for f in ("P", "q", "A", "b"))
     program = Program(n, m, _cones(parametric.cone_dims), P, A, fixed)
     specs = tuple(_specification(p) for p in declaration.parameters)
     outputs = tuple(_recovery(o, canonical, parametric) for o in declaration.outputs)
@@ -257,7 +257,7 @@ def _quadratic_map(parametric: Any, theta: sp.csr_array, n: int) -> tuple[Sparsi
     return pattern, sp.csr_array(p_map @ theta)
 
 
-def _fixed_values(matrix: sp.csr_array) -> np.ndarray:
+def fixed_values(matrix: sp.csr_array) -> np.ndarray:
     """The entries that only the constant 1 contributes to; NaN for the others."""
     last = matrix.shape[1] - 1
     varying = np.diff(sp.csr_array(matrix[:, :last]).indptr) > 0

@@ -116,8 +116,7 @@ class ConvexRule(DecisionRule):
         """One decision, warm-started by the memory of the last one."""
         arguments = self._arguments_of(as_tuple(x))
         warm = memory.solution if memory is not None else False
-        result = self.layer.solve(**arguments, warm_start=warm)
-        self.layer.judge(result)
+        result = self.layer.judged(**arguments, warm_start=warm)
         dtype = result_type([as_tensor(n, arguments[n]) for n in self.context_names])
         decision = tuple(v.to(dtype) for v in result.variables)
         if self._rollout and memory is not None and not bool(result.ok.all()):
