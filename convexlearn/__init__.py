@@ -4,25 +4,31 @@ from convexlearn import errors, networks, objectives, simulate
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
+from convexlearn.iterations.proximal_gradient import FISTA, ISTA
 from convexlearn.layer import ConvexLayer, LayerSolution
 from convexlearn.program.program import Status
 from convexlearn.riccati import dare, dlyap, lqr_gain
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
 from convexlearn.rules.neural import NeuralRule
 from convexlearn.rules.parameters import Role
 from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.base import Simulator, Trajectory
+from convexlearn.splitting import Split, split
 from convexlearn.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "FISTA",
+    "ISTA",
     "LQG",
     "LQR",
     "AffineRule",
+    "Converged",
     "ConvexLayer",
     "ConvexRule",
     "DecisionRule",
@@ -34,9 +40,11 @@ __all__ = [
     "NeuralRule",
     "Role",
     "Simulator",
+    "Split",
     "Status",
     "Trajectory",
     "TreeRule",
+    "Unfolded",
     "as_rule",
     "dare",
     "dlyap",
@@ -46,5 +54,6 @@ __all__ = [
     "networks",
     "objectives",
     "simulate",
+    "split",
     "tune",
 ]

@@ -35,10 +35,15 @@ layer_arguments
 layer_node
 layer
 diagnose
-prox
+spectral expression_text
+prox convex_prox
+affine_maps
+terms
+split_instance
 splitting
 riccati
 networks
+iterations.base
 iterations.*
 adjoints
 rules.parameters
