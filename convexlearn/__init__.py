@@ -4,7 +4,11 @@ from convexlearn import errors, networks, objectives, simulate
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
+from convexlearn.iterations.admm import ADMM
+from convexlearn.iterations.amp import AMP
+from convexlearn.iterations.primal_dual import PrimalDual
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA
+from convexlearn.iterations.robust_pca import RobustPCA, principal_component_pursuit, robust_pca
 from convexlearn.layer import ConvexLayer, LayerSolution
 from convexlearn.program.program import Status
 from convexlearn.riccati import dare, dlyap, lqr_gain
@@ -23,6 +27,8 @@ from convexlearn.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "ADMM",
+    "AMP",
     "FISTA",
     "ISTA",
     "LQG",
@@ -38,6 +44,8 @@ __all__ = [
     "KalmanFilter",
     "LayerSolution",
     "NeuralRule",
+    "PrimalDual",
+    "RobustPCA",
     "Role",
     "Simulator",
     "Split",
@@ -53,6 +61,8 @@ __all__ = [
     "lqr_gain",
     "networks",
     "objectives",
+    "principal_component_pursuit",
+    "robust_pca",
     "simulate",
     "split",
     "tune",

@@ -223,22 +223,26 @@ def affine_map(expression: Any, variables: Sequence[Any]) -> AffineMap:
     parameters = expression.parameters()
     tensor = _tensor(expression, variables, parameters)
     rows, columns = expression.size, sum(v.size for v in variables)
-    row_order = _row_major(expression.shape)
-    column_order = np.concatenate([np.zeros(0, int), *_shifted([_row_major(v.shape) for v in variables])])
-    cells = np.arange(rows * columns).reshape(columns, rows)[column_order][:, row_order].T.ravel()
+    place = np.concatenate([np.zeros(0, int), *_shifted([_inverse(v.shape) for v in variables])])
+    row, column = _inverse(expression.shape)[tensor.row % rows], tensor.row // rows
+    inside = column < columns
+    cell = np.where(inside, row * columns + place[np.where(inside, column, 0)], row) if columns else row
     blocks, start = [], 0
-    matrix_part, offset_part = tensor[cells], tensor[rows * columns + row_order]
-    for p in parameters:
-        order = start + _row_major(p.shape)
-        blocks.append((p.name(), matrix_part[:, order], offset_part[:, order]))
-        start += p.size
-    base, constant = matrix_part[:, start:], offset_part[:, start:]
+    for name, size, order in [*((p.name(), p.size, _inverse(p.shape)) for p in parameters), ("", 1, np.zeros(1, int))]:
+        mine = (tensor.col >= start) & (tensor.col < start + size)
+        parts = []
+        for chosen, length in ((mine & inside, rows * columns), (mine & ~inside, rows)):
+            coords = (cell[chosen], order[tensor.col[chosen] - start])
+            parts.append(sp.coo_array((tensor.data[chosen], coords), shape=(length, size)))
+        blocks.append((name, *parts))
+        start += size
+    _, base, constant = blocks.pop()
     entries = tuple(Block(name, LinearMap.of(m)) for name, m, _ in blocks if m.nnz)
     offsets = tuple(Block(name, LinearMap.of(o)) for name, _, o in blocks if o.nnz)
     return AffineMap(
         shape=tuple(expression.shape),
         columns=columns,
-        fixed=None if entries else LinearMap.of(sp.csr_array(sp.coo_array(base).reshape((rows, columns)))),
+        fixed=None if entries else LinearMap.of(sp.csr_array(base.reshape((rows, columns)))),
         entries=entries,
         base=torch.as_tensor(base.toarray().ravel()) if entries else None,
         offsets=offsets,
@@ -247,7 +251,7 @@ def affine_map(expression: Any, variables: Sequence[Any]) -> AffineMap:
     )
 
 
-def _tensor(expression: Any, variables: Sequence[Any], parameters: Sequence[Any]) -> sp.csr_array:
+def _tensor(expression: Any, variables: Sequence[Any], parameters: Sequence[Any]) -> sp.coo_array:
     """CVXPY's matrix from (theta, 1) to the entries of [matrix, offset], column by column."""
     columns, starts, n = {}, {}, 0
     for v in variables:
@@ -271,12 +275,12 @@ def _tensor(expression: Any, variables: Sequence[Any], parameters: Sequence[Any]
         form, extra = expression.canonical_form
         if extra:
             raise CompileError(f"{expression} is affine only by extra constraints; declare them yourself")
-        return sp.csr_array(get_problem_matrix([form], n, columns, sizes, starts, expression.size, "SCIPY"))
+        return sp.coo_array(get_problem_matrix([form], n, columns, sizes, starts, expression.size, "SCIPY"))
 
 
-def _row_major(shape: Sequence[int]) -> np.ndarray:
-    """For each entry in row-by-row order, its place in CVXPY's column-by-column order."""
-    return np.arange(int(np.prod(shape, dtype=int))).reshape(shape, order="F").ravel()
+def _inverse(shape: Sequence[int]) -> np.ndarray:
+    """For each entry in CVXPY's column-by-column order, its place in row-by-row order."""
+    return np.arange(int(np.prod(shape, dtype=int))).reshape(shape).ravel(order="F")
 
 
 def _shifted(orders: list[np.ndarray]) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class ParameterSlot:
     """A parameter of the problem that is not context: value, domain, and whether a rule trains it by default."""
 
     name: str
-    value: Any
+    value: Tensor
     domain: Domain
     learned: bool
 
@@ -81,7 +82,7 @@ class Split:
         like = _like(contexts, self.variables)
         flat: dict[str, Tensor] = {}
         for name, slot in self.parameters.items():
-            value = torch.as_tensor(slot.value) if values is None or name not in values else values[name]
+            value = slot.value if values is None or name not in values else values[name]
             flat[name] = value.to(
                 device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype
             ).reshape(-1)
@@ -227,6 +228,7 @@ def _slot(p: Any, values: dict, learned: Any) -> ParameterSlot:
         raise MissingParameterError(
             f"parameter '{p.name()}' is neither context nor has it a value; set {p.name()}.value, or add it to context"
         )
+    value = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value, dtype=np.result_type(value, float)))
     domain = Domain.from_attributes(p.shape, {k: v for k, v in p.attributes.items() if k != "complex"}, p.sparse_idx)
     return ParameterSlot(p.name(), value, domain, learned is None or p.name() in learned)
 

@@ -54,7 +54,7 @@ class IterativeRule(DecisionRule):
                 valid = names if name in untie else names | iteration.split.parameters.keys()
                 raise OptionError(f"{type(self).__name__}: no slot or parameter '{name}'; {suggest(name, valid)}")
         for name, slot in iteration.split.parameters.items():
-            if not torch.as_tensor(slot.value).is_complex():
+            if not slot.value.is_complex():
                 self.declare(name, slot.value, slot.domain, Role.OBJECTIVE, learned=name in learn)
         for slot in iteration.slots:
             value = iteration.values.get(slot.name)
