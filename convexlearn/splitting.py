@@ -122,7 +122,7 @@ class Split:
         return parts[0] if self.single else tuple(parts)
 
     def objective(self, z: Tensor, instance: Instance) -> Tensor:
-        """Objective `(B,)` at z `(B, n)`: infinite outside the constraints, up to 1e-6; terms without closed form left out."""
+        """Objective `(B,)` at z `(B, n)`, infinite beyond 1e-6 outside a constraint; a ConvexLayer's terms left out."""
         return instance.objective(z)
 
     def _contexts(self, x: tuple) -> dict[str, Tensor]:
@@ -130,7 +130,8 @@ class Split:
         given = given if isinstance(given, tuple | list) else (given,)
         if len(given) != len(self.context):
             raise ShapeError(
-                f"the problem has {len(self.context)} context parameters ({', '.join(self.context)}), got {len(given)} values"
+                f"the problem has {len(self.context)} context parameters ({', '.join(self.context)}), "
+                f"got {len(given)} values"
             )
         contexts = {}
         for name, value in zip(self.context, given):
@@ -214,7 +215,9 @@ def _read(
         programs=programs,
     )
     texts = [pretty_linear(e) for e in linear]
-    return replace(result, text=_describe(result, texts))
+    described = replace(result, text=_describe(result, texts))
+    described.__dict__.update({k: v for k, v in result.__dict__.items() if k == "_fixed_norm"})
+    return described
 
 
 def pretty_linear(mapped: AffineMap) -> str:
@@ -334,15 +337,11 @@ def _group_prox(group: tuple[int, ...], terms: Sequence[ProxTerm], variables: Se
 
 def closed_form(members: Sequence[ProxTerm]) -> bool:
     """True for one term with a tight or diagonal map, an affine set, or a separable term within a box."""
-    if len(members) == 2:
-        box = next(
-            (t for t in members if t.kind == "box" and t.map.fixed is not None and t.map.fixed.index is not None), None
-        )
-        other = next((t for t in members if t is not box), None)
-        return (
-            box is not None and other is not None and other.kind in ("norm1", "norm0", "huber") and other.map.fixed is not None
-            and other.map.fixed.index is not None and _support(box) >= _support(other)
-        )  # fmt: skip
+    selections = [t for t in members if t.map.fixed is not None and t.map.fixed.index is not None]
+    if len(members) == 2 and len(selections) == 2:
+        kinds = {t.kind: t for t in members}
+        box, other = kinds.get("box"), next((t for t in members if t.kind in ("norm1", "norm0", "huber")), None)
+        return box is not None and other is not None and _support(box) >= _support(other)
     (term,) = members if len(members) == 1 else (None,)
     if term is None or term.kind == "program" or term.map.fixed is None:
         return False

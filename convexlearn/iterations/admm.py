@@ -115,7 +115,7 @@ class ADMM(Iteration):
         away = [n for n in ("step", "relaxation") if n in self.values and float(self.values[n].max()) != 1.0]
         if len(away) == 2:
             raise OptionError(
-                "ADMM is only known to converge with step or relaxation at 1, not with both away from it; keep one of them"
+                "ADMM is only known to converge with step or relaxation at 1, not with both away from it; keep one there"
             )
         bounds = {"step": GOLDEN, "relaxation": 2.0}
         return {name: like.new_tensor(bound) for name, bound in bounds.items()}
@@ -126,7 +126,8 @@ class ADMM(Iteration):
         """Raise OptionError where Eq. 20 is not the update of s."""
         if instance.A is None or instance.q is not None or self.equalities(instance):
             raise OptionError(
-                f"free: W1 and W2 of Eq. 20 stand for a sum of squares without linear terms or equalities, not for {self.split}"
+                "free: W1 and W2 of Eq. 20 stand for a sum of squares without linear terms or equalities, not for "
+                f"{self.split}"
             )
 
     def equalities(self, instance: Instance) -> list[BoundTerm]:
@@ -192,7 +193,8 @@ def solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequ
         return lambda r: r / c - E.map.adjoint(E.image(r / c)) / E.map.tight
     if n > LARGEST:
         raise CompileError(
-            f"ADMM would factor a dense matrix of {n} unknowns for {instance.split}; use PrimalDual, which needs products only"
+            f"ADMM would factor a dense matrix of {n} unknowns for {instance.split}; use PrimalDual, which needs "
+            "products only"
         )
     return _dense_solver(instance, blocks, penalty, equalities)
 
@@ -211,8 +213,8 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     factor, failed = torch.linalg.cholesky_ex(system)
     if bool((failed != 0).any()):
         raise CompileError(
-            f"ADMM: the terms do not determine all variables of {instance.split}, so that its linear system is singular; "
-            "add a term, such as bounds on all variables"
+            f"ADMM: the terms do not determine all variables of {instance.split}, so that its linear system is "
+            "singular; add a term, such as bounds on all variables"
         )
 
     def solve(r: Tensor) -> Tensor:

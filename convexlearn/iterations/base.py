@@ -54,7 +54,7 @@ class Iteration(ABC):
         self.check_split()
         self._fill(values)
 
-    def check_split(self) -> None:
+    def check_split(self) -> None:  # noqa: B027
         """Raise CompileError where the algorithm does not apply to the split."""
 
     @abstractmethod

@@ -43,7 +43,7 @@ def principal_component_pursuit(shape: tuple[int, int], weight: float | None = N
     D = cp.Parameter(shape, name="D")
     L, S = (cp.Variable(shape, name=name) for name in "LS")
     sparse = cp.Parameter(nonneg=True, name="sparse", value=max(shape) ** -0.5 if weight is None else weight)
-    goal = cp.normNuc(L) + sparse * cp.norm1(cp.vec(S, order="C"))
+    goal = cp.normNuc(L) + sparse * cp.norm1(S)
     return split(cp.Problem(cp.Minimize(goal), [L + S == D]), [D], [L, S])
 
 

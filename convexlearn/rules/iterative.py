@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,10 +149,8 @@ class Unfolded(IterativeRule):
     def forward(self, *x: Tensor) -> Any:
         """Decision after K steps."""
         instance, states = self._states(x)
-        state = None
-        for state in states:
-            pass
-        return self.iteration.split.decide(self.iteration.decision(state), instance)
+        last = deque(states, maxlen=1).pop()
+        return self.iteration.split.decide(self.iteration.decision(last), instance)
 
     def iterates(self, *x: Tensor) -> Any:
         """Decisions after 0, ..., K steps, `(K + 1, B, ...)`: for layer-wise losses and curves as Fig. 6d."""
@@ -164,7 +163,8 @@ class Unfolded(IterativeRule):
         """The first `layers` layers as a rule that shares their parameters, for training layer by layer."""
         if not 1 <= layers <= self.layers:
             raise OptionError(f"truncated: layers must lie between 1 and {self.layers}, got {layers}")
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)  # a shallow copy: copy.copy would rebuild the module
         twin.__dict__["_layers"] = layers
         return twin
 
@@ -265,8 +265,8 @@ class Converged(IterativeRule):
             worst = result.residual[~result.converged].max().item()
             warnings.warn(
                 f"{len(lost)} of {len(result.converged)} samples ({shown}) did not converge within "
-                f"{self.max_iterations} steps: the last relative change is up to {worst:.1e}, above tol = {self.tol:g}; "
-                "raise max_iterations or tol, or take an accelerated iteration (FISTA, ADMM)",
+                f"{self.max_iterations} steps: the last relative change is up to {worst:.1e}, above tol = {self.tol:g}; raise "
+                "max_iterations or tol, or take an accelerated iteration (FISTA, ADMM)",
                 LimitWarning,
                 stacklevel=3,
             )
