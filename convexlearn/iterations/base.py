@@ -214,7 +214,7 @@ class Iteration(ABC):
 def _number(slot: Slot, value: Any) -> Tensor:
     if slot.kind in ("prox", "module"):
         raise OptionError(f"slot '{slot.name}' takes a module, a function or a name, got {type(value).__name__}")
-    tensor = torch.as_tensor(value).detach()
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     tensor = tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
     low = 0.0 if slot.kind == "threshold" else torch.finfo(torch.float64).tiny
     if slot.kind in ("positive", "threshold") and bool((tensor < low).any()):
