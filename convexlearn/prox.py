@@ -112,7 +112,8 @@ def project_nonnegative(v: Tensor, t: Any = None) -> Tensor:
 
 def project_box(v: Tensor, t: Any = None, *, lower: Any, upper: Any) -> Tensor:
     """Projection on lower <= v <= upper; the bounds broadcast against v."""
-    return torch.minimum(torch.maximum(v, torch.as_tensor(lower).to(v)), torch.as_tensor(upper).to(v))
+    lower, upper = (torch.as_tensor(bound, dtype=v.dtype, device=v.device) for bound in (lower, upper))
+    return torch.minimum(torch.maximum(v, lower), upper)
 
 
 def project_simplex(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
@@ -254,7 +255,7 @@ def _shorten(v: Tensor, length: Tensor, t: Tensor | float) -> Tensor:
 
 def _per_sample(number: Any, v: Tensor) -> Tensor:
     """A scalar or one number per sample as `(B, 1)`."""
-    return torch.as_tensor(number).to(v.real).reshape(-1, 1).expand(len(v), 1)
+    return torch.as_tensor(number, dtype=v.real.dtype, device=v.device).reshape(-1, 1).expand(len(v), 1)
 
 
 def _taut_string(v: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:

@@ -294,7 +294,8 @@ def _is_one(e: Any) -> bool:
     return not e.parameters() and e.size == 1 and float(np.real(e.value)) == 1.0
 
 
-def _constant_factor(e: Any) -> int | None:
+def _constant_factor(e: Any) -> Any:
+    """0 or 1: the constant argument of a product, else None."""
     return next((k for k in (0, 1) if e.args[k].is_constant()), None)
 
 

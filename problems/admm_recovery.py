@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import cvxpy as cp
@@ -96,7 +97,7 @@ def misses(result: Result) -> list[str]:
     errors = [result.record(n).measure("squared_error") for n in names]
     return [
         f"{names[k + 1]} has {b.text()}, no better than {names[k]} with {a.text()}"
-        for k, (a, b) in enumerate(zip(errors, errors[1:]))
+        for k, (a, b) in enumerate(pairwise(errors))
         if b.mean >= a.mean
     ]
 

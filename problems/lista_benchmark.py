@@ -177,7 +177,7 @@ def build(seed: int, setting: Setting) -> Study:
     """Draw A and the test samples from `seed` and set up the rules at their start values."""
     A, K = matrix(seed, setting), setting.layers
     simulator = Sparse(A, setting.density)
-    test = Pairs(*simulator.draw(setting.tests, make_generator(seed, "test")))
+    test: Any = Pairs(*simulator.draw(setting.tests, make_generator(seed, "test")))
     train = Pairs(*simulator.draw(256, make_generator(seed, "grid")))
     problem, parts = declare(A)
     ista = ISTA(parts)
@@ -242,7 +242,7 @@ x: context, measurements (B, 250), without noise; no unit
 s: decision, a vector (B, 500), each entry standard normal with probability 0.1, else zero; no unit
 A: matrix (250, 500) with columns of norm one; no unit
 rho: weight () of the 1-norm; no unit
-ratio: sum of squared errors over sum of squares (10 log10 of it is the ratio in dB); sample_db: mean dB over samples""",
+ratio: sum of squared errors over sum of squares (10 log10 of it is the ratio in dB); sample_db: mean dB of samples""",
     reference=Reference(
         "ratio in dB at 16 layers: untied steps and thresholds at most -13.5, LISTA with free matrices at most -28, "
         "ALISTA with support selection at most -45; AMP reaches about -30 without training",

@@ -10,7 +10,7 @@ from convexlearn.iterations.admm import ADMM
 from convexlearn.prox import soft_threshold
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.splitting import split
-from tests.iteration_contract import N, IterationContract, contexts, lasso
+from tests.iteration_contract import IterationContract, N, contexts, lasso
 
 
 class TestADMM(IterationContract):

@@ -9,7 +9,7 @@ import torch
 
 from convexlearn.prox import PROXIMABLE, hard_threshold, soft_threshold
 
-TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
+TIGHT = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
 
 # kind: (shape, data, objective of z, constraints on z)
 CASES = {
@@ -26,7 +26,7 @@ CASES = {
     "simplex": ((6,), {"radius": 1.5}, None, lambda z: [z >= 0, cp.sum(z) == 1.5]),
     "ball": ((6,), {"radius": 0.8}, None, lambda z: [cp.norm(z) <= 0.8]),
     "norm1_ball": ((6,), {"radius": 0.8}, None, lambda z: [cp.norm1(z) <= 0.8]),
-    "second_order_cone": ((5,), {}, None, lambda z: [cp.norm(z[1:]) <= z[0]]),
+    "second_order_cone": ((5,), {}, None, lambda z: [cp.SOC(z[0], z[1:])]),
     "psd_cone": ((3, 3), {}, None, lambda z: [z >> 0, z == z.T]),
     "symmetric": ((3, 3), {}, None, lambda z: [z == z.T]),
 }

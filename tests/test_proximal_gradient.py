@@ -10,7 +10,7 @@ from convexlearn.iterations.proximal_gradient import FISTA, ISTA
 from convexlearn.prox import hard_threshold, soft_threshold
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.splitting import split
-from tests.iteration_contract import M, N, IterationContract, contexts, lasso
+from tests.iteration_contract import IterationContract, M, N, contexts, lasso
 
 
 class TestISTA(IterationContract):

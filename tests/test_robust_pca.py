@@ -8,8 +8,8 @@ from convexlearn.iterations.admm import ADMM
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA
 from convexlearn.iterations.robust_pca import RobustPCA, principal_component_pursuit, robust_pca
 from convexlearn.rules.iterative import Converged, Unfolded
-from tests.iteration_contract import lasso
 from convexlearn.splitting import split
+from tests.iteration_contract import lasso
 
 
 def test_principal_component_pursuit_recovers_planted_parts():
