@@ -5,6 +5,11 @@ from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.history import History
+from convexlearn.iterations.admm import ADMM
+from convexlearn.iterations.amp import AMP
+from convexlearn.iterations.primal_dual import PrimalDual
+from convexlearn.iterations.proximal_gradient import FISTA, ISTA
+from convexlearn.iterations.robust_pca import RobustPCA, principal_component_pursuit, robust_pca
 from convexlearn.layer import ConvexLayer, LayerSolution
 from convexlearn.optimizers import ProximalGradient, ProximalTerm
 from convexlearn.program.program import Status
@@ -12,6 +17,7 @@ from convexlearn.riccati import dare, dlyap, lqr_gain
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
 from convexlearn.rules.neural import NeuralRule
@@ -20,13 +26,19 @@ from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.base import Simulator, Trajectory
+from convexlearn.splitting import Split, split
 from convexlearn.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "ADMM",
+    "AMP",
+    "FISTA",
+    "ISTA",
     "LQG",
     "LQR",
     "AffineRule",
+    "Converged",
     "ConvexLayer",
     "ConvexRule",
     "DecisionRule",
@@ -38,13 +50,17 @@ __all__ = [
     "KalmanSmoother",
     "LayerSolution",
     "NeuralRule",
+    "PrimalDual",
     "ProximalGradient",
     "ProximalTerm",
+    "RobustPCA",
     "Role",
     "Simulator",
+    "Split",
     "Status",
     "Trajectory",
     "TreeRule",
+    "Unfolded",
     "adp",
     "as_rule",
     "dare",
@@ -56,6 +72,9 @@ __all__ = [
     "mpc",
     "networks",
     "objectives",
+    "principal_component_pursuit",
+    "robust_pca",
     "simulate",
+    "split",
     "tune",
 ]

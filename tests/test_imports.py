@@ -44,10 +44,15 @@ layer_transforms
 layer_node
 layer
 diagnose
-prox
+spectral expression_text
+prox convex_prox
+affine_maps
+terms
+split_instance
 splitting
 riccati block_tridiagonal
 networks
+iterations.base
 iterations.*
 adjoints
 rules.parameters

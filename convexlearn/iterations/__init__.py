@@ -1,0 +1,1 @@
+"""Iterative solvers h_k with named slots, each written once."""

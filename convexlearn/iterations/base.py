@@ -1,0 +1,245 @@
+"""The contract of iterations: start, layer, decision; slots by name (section "Iterative solvers" of the paper)."""
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convexlearn.errors import CompileError, OptionError, ShapeError, suggest
+from convexlearn.prox import PROXIMABLE
+from convexlearn.split_instance import Instance
+from convexlearn.splitting import Split
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A named place in an iteration.
+
+    kind: "positive" (a number), "threshold" (nonnegative, one per weight of the terms), "matrix" (a matrix, or a
+    module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a name in PROXIMABLE), or
+    "module" (any other module). objective: True for what belongs to the objective (theta^o), False for
+    hyperparameters (theta^h).
+    """
+
+    name: str
+    kind: str
+    objective: bool = False
+
+
+Layer = Callable[[Any], Any]
+"""One step with all its numbers in: state -> state."""
+
+
+class Iteration(ABC):
+    """One algorithm on one split problem; immutable, `free` and `replace` return changed copies.
+
+    A slot without a value takes the one derived from the problem. State is a named tuple of tensors, batch first.
+    Functions act on an Instance, the problem's numbers for one batch, from `bind(x)`.
+
+    A new iteration defines `slots`, `start`, `layer`, `decision`, `core`, `resume`, `initial` and, for what is
+    guaranteed when run to convergence, `limits`.
+    """
+
+    slots: ClassVar[tuple[Slot, ...]]
+
+    def __init__(self, split: Split, **values: Any) -> None:
+        self.split = split
+        self.values: dict[str, Any] = {}
+        self.freed: frozenset[str] = frozenset()
+        self.check_split()
+        self._fill(values)
+
+    def check_split(self) -> None:  # noqa: B027
+        """Raise CompileError where the algorithm does not apply to the split."""
+
+    @abstractmethod
+    def start(self, instance: Instance) -> Any:
+        """State before the first step."""
+
+    @abstractmethod
+    def layer(self, instance: Instance, slots: Mapping[str, Any] | None = None) -> Layer:
+        """The step state -> state at slot values `slots`, which go before the iteration's own ones."""
+
+    @abstractmethod
+    def decision(self, state: Any) -> Tensor:
+        """The present solution z `(B, n)`, stacked variables."""
+
+    @abstractmethod
+    def core(self, state: Any) -> Tensor:
+        """What the next step depends on, as one tensor `(B, N)`, auxiliary sequences such as momentum left out."""
+
+    @abstractmethod
+    def resume(self, core: Tensor, instance: Instance) -> Any:
+        """The state with this core, auxiliary sequences at their start."""
+
+    @abstractmethod
+    def initial(self, name: str, k: int = 0) -> Tensor:
+        """Value of a numeric slot at step k, as given or as derived from the problem at its declared values."""
+
+    def limits(self, instance: Instance) -> dict[str, Any]:
+        """Upper bounds of slots below which convergence is guaranteed."""
+        return {}
+
+    def free(self, *names: str) -> "Iteration":
+        """Matrices as free tensors that a rule trains, at first those of the problem; returns a copy."""
+        for name in names:
+            if self.slot(name).kind != "matrix":
+                free = [s.name for s in self.slots if s.kind == "matrix"]
+                raise OptionError(f"free: slot '{name}' is no matrix (those are {free}); learn it with untie or learn")
+        return self.replaced({name: self.initial(name) for name in names}, freed=names)
+
+    def replace(self, **values: Any) -> "Iteration":
+        """A copy with other slot values: numbers, tensors, modules (`replace(prox=denoiser)`)."""
+        return self.replaced(values)
+
+    def replaced(self, values: Mapping[str, Any], freed: Sequence[str] = ()) -> "Iteration":
+        """`replace`, with `freed` naming those that a rule trains."""
+        twin = copy.copy(self)
+        twin.values = dict(self.values)
+        twin.freed = self.freed | set(freed)
+        twin._fill(values)
+        return twin
+
+    def slot(self, name: str) -> Slot:
+        """The slot of that name; an unknown one is an OptionError."""
+        known = {s.name: s for s in self.slots}
+        if name not in known:
+            raise OptionError(f"{type(self).__name__} has no slot '{name}'; {suggest(name, known)}")
+        return known[name]
+
+    def bind(self, *x: Tensor, values: Mapping[str, Tensor] | None = None) -> Instance:
+        """The problem's numbers for contexts x `(B, ...)`, at the declared parameter values or those in `values`."""
+        return self.split.bind(*x, values=values)
+
+    def step(self, state: Any, instance: Instance, slots: Mapping[str, Any] | None = None) -> Any:
+        """One step from `state`; to run many, keep the `layer`."""
+        return self.layer(instance, slots)(state)
+
+    def given(self, slots: Mapping[str, Any] | None, instance: Instance) -> dict[str, Any]:
+        """Slot values: those in `slots`, else the iteration's own, tensors in the dtype of the instance."""
+        merged = {**self.values, **(slots or {})}
+        return {name: _cast(value, instance.like) for name, value in merged.items()}
+
+    def apply_prox(self, prox: Any, z: Tensor, t: Any) -> Tensor:
+        """A prox slot at z `(B, n)`: called with the variables in their natural shape, and t where it takes it."""
+        natural = self.unstack(z)
+        return self.stack(prox(natural, t) if takes_two(prox) else prox(natural))
+
+    def unstack(self, z: Tensor) -> Any:
+        """Variables `(B, *shape)` of z `(B, n)`; a tuple where there are several."""
+        parts, start = [], 0
+        for v in self.split.variables:
+            size = int(torch.Size(v.shape).numel())
+            parts.append(z[:, start : start + size].reshape(len(z), *v.shape))
+            start += size
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    def stack(self, parts: Any) -> Tensor:
+        """z `(B, n)` of variables `(B, *shape)`, the inverse of `unstack`."""
+        parts = parts if isinstance(parts, tuple | list) else (parts,)
+        for v, part in zip(self.split.variables, parts):
+            if tuple(part.shape[1:]) != v.shape:
+                raise ShapeError(
+                    f"variable '{v.name}' has shape {v.shape}, but a slot returned {tuple(part.shape[1:])}"
+                )
+        return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+
+    def threshold_sizes(self) -> list[int]:
+        """Number of weights of each term, 0 for an indicator."""
+        return [0 if not t.scaled else 1 if t.weight is None else t.weight.map.rows for t in self.split.terms]
+
+    def split_threshold(self, t: Tensor, fallback: list[Any]) -> list[Any]:
+        """The threshold slot, one number or all weights in a row, cut into one per term; indicators keep theirs."""
+        sizes, parts, start = self.threshold_sizes(), list(fallback), 0
+        if sum(sizes) == 1 or t.ndim == 0:
+            return [t.reshape(()) if n else f for n, f in zip(sizes, fallback)]
+        for k, n in enumerate(sizes):
+            if n:
+                part = t[..., start : start + n]
+                parts[k], start = part.reshape(()) if n == 1 else part, start + n
+        return parts
+
+    def initial_threshold(self, step: Tensor) -> Tensor:
+        """step times all weights in a row, or a single number where there is one weight."""
+        nominal = self.nominal("threshold")
+        weights = [t.weight.reshape(-1) for t in nominal.terms if t.scaled]
+        if not weights:
+            raise OptionError(f"the split has no weighted term, so there is no threshold: {self.split}")
+        row = step * torch.cat(weights)
+        return row.reshape(()) if row.numel() == 1 else row
+
+    def nominal(self, name: str) -> Instance:
+        """The instance from which the start value of slot `name` derives."""
+        fed = {p for t in self.split.terms if t.weight is not None for p in t.weight.map.parameters}
+        if self.split.varies_with_context() or (name == "threshold" and fed & set(self.split.context)):
+            raise OptionError(
+                f"slot '{name}' has no start value, since the problem's matrix or weight is context; "
+                f"give one, as in iteration.replace({name}=...)"
+            )
+        return self.split.nominal()
+
+    def apply_matrix(self, W: Any, v: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A matrix slot at v `(B, m)`: a tensor, or a module fed with the natural shape (of z where None)."""
+        if isinstance(W, Tensor):
+            return v @ W.mT.to(v.dtype)
+        natural = self.unstack(v) if shape is None else v.reshape(len(v), *shape)
+        return self.stack(W(natural))
+
+    def _fill(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            slot = self.slot(name)
+            if isinstance(value, str):
+                if slot.kind != "prox" or value not in PROXIMABLE:
+                    raise OptionError(f"slot '{name}': no proximal map '{value}'; {suggest(value, PROXIMABLE)}")
+                value = PROXIMABLE[value].prox
+            elif not callable(value):
+                value = _number(slot, value)
+            elif slot.kind in ("positive", "threshold"):
+                raise OptionError(f"slot '{name}' takes a number, got {type(value).__name__}")
+            self.values[name] = value
+
+    def __deepcopy__(self, memo: dict) -> "Iteration":
+        return self
+
+    def __repr__(self) -> str:
+        given = "".join(f", {name}" for name in self.values)
+        return f"{type(self).__name__}({self.split}{given})"
+
+
+def _number(slot: Slot, value: Any) -> Tensor:
+    if slot.kind in ("prox", "module"):
+        raise OptionError(f"slot '{slot.name}' takes a module, a function or a name, got {type(value).__name__}")
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    tensor = tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
+    low = 0.0 if slot.kind == "threshold" else torch.finfo(torch.float64).tiny
+    if slot.kind in ("positive", "threshold") and bool((tensor < low).any()):
+        raise OptionError(f"slot '{slot.name}' must be positive, got {tensor.min().item():g}")
+    return tensor
+
+
+def _cast(value: Any, like: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype)
+
+
+def takes_two(function: Any) -> bool:
+    """True where a module or function takes (v, t)."""
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in parameters) >= 2
+
+
+def require_smooth(split: Split, name: str) -> None:
+    """Raise CompileError where there is no smooth quadratic."""
+    if not split.quadratics:
+        raise CompileError(f"{name} needs a sum of squares in the objective, but the split is: {split}; use ADMM")
