@@ -110,7 +110,7 @@ def test_hard_limits_fail_in_mid_rollout_and_soft_ones_do_not():
     rollout = loop(mpc(A, B, EYE, SMALL, 3, **options), 6, generator())
     assert rollout.failed.tolist() == [False] * 4 + [True] * 2
     assert rollout.failed_at.tolist() == [6] * 4 + [3] * 2
-    assert "sample 5 failed at step 3: the rule found no decision" in rollout.explain()
+    assert "sample 5 failed at step 3: INFEASIBLE: the rule found no decision" in rollout.explain()
     with pytest.warns(FailureWarning, match="2 of 6 samples failed: 4, 5"):
         evaluate(mpc(A, B, EYE, SMALL, 3, **options), loop, cost, samples=6)
     assert not loop(mpc(A, B, EYE, SMALL, 3, soft=1e2, **options), 6, generator()).failed.any()
