@@ -1,5 +1,6 @@
 """Runs of an iteration to convergence, and their gradients: implicit at the fixed point, or unrolled."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.reshape(len(x), x[:1].numel() if len(x) else 1), dim=1)
+    return torch.linalg.vector_norm(x.reshape(len(x), math.prod(x.shape[1:])), dim=1)
 
 
 def _where(active: Tensor, new: Any, old: Any) -> Any:

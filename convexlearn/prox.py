@@ -4,6 +4,7 @@ Every map is called as prox(v, t, **data): v `(B, ...)` in the natural shape of 
 of the term, which broadcasts against v (indicators ignore it), and data what else the term depends on.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ def project_simplex(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     >>> project_simplex(torch.tensor([[2.0, 0.0]]))
     tensor([[1., 0.]])
     """
-    flat, total = v.reshape(len(v), -1), _per_sample(radius, v)
+    flat, total = _flat(v), _per_sample(radius, v)
     ordered = flat.sort(-1, descending=True).values
     rank = torch.arange(1, flat.shape[1] + 1, device=v.device, dtype=v.dtype)
     levels = (ordered.cumsum(-1) - total) / rank
@@ -138,7 +139,7 @@ def project_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
 
 def project_norm1_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on |v|_1 <= radius over all entries of a sample (Duchi et al. 2008)."""
-    flat = v.reshape(len(v), -1)
+    flat = _flat(v)
     inside = flat.abs().sum(-1, keepdim=True) <= _per_sample(radius, v)
     edge = flat.sign() * project_simplex(flat.abs(), radius=radius)
     return torch.where(inside, flat, edge).reshape(v.shape)
@@ -184,11 +185,11 @@ class Proximal:
     def evaluate(self, v: Tensor, weight: Tensor, data: Mapping[str, Any]) -> Tensor:
         """Weighted value `(B,)` at v `(B, ...)`; an indicator is 0 or infinite."""
         if self.value is None:
-            distance = (self.prox(v, weight, **data) - v).abs().reshape(len(v), -1)
+            distance = _flat((self.prox(v, weight, **data) - v).abs())
             outside = distance.amax(-1) > FEASIBLE * (1 + _length(v).reshape(len(v)))
             return torch.where(outside, torch.inf, 0.0).to(v.real.dtype)
         values = self.value(v, **data)
-        return (weight * values).reshape(len(v), -1).sum(-1)
+        return _flat(weight * values).sum(-1)
 
 
 def _sum_of_jumps(v: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def _huber(v: Tensor, *, M: Any = 1.0) -> Tensor:
 
 
 def _largest(v: Tensor) -> Tensor:
-    return v.abs().reshape(len(v), -1).amax(-1).reshape(-1, *[1] * (v.ndim - 1))
+    return _flat(v).abs().amax(-1).reshape(-1, *[1] * (v.ndim - 1))
 
 
 PROXIMABLE = {
@@ -235,6 +236,11 @@ PROXIMABLE = {
 """Terms with a proximal map in closed form, by name."""
 
 
+def _flat(v: Tensor) -> Tensor:
+    """All entries of a sample in a row, `(B, n)`."""
+    return v.reshape(len(v), math.prod(v.shape[1:]))
+
+
 def _norm(v: Tensor, dim: int) -> Tensor:
     """2-norm along `dim`, kept; its gradient at zero is zero."""
     squared = (v.abs().square() if v.is_complex() else v.square()).sum(dim, keepdim=True)
@@ -243,7 +249,7 @@ def _norm(v: Tensor, dim: int) -> Tensor:
 
 def _length(v: Tensor) -> Tensor:
     """2-norm over all entries of a sample, `(B, 1, ...)`."""
-    return _norm(v.reshape(len(v), -1) if v.numel() else v.new_zeros(len(v), 1), 1).reshape(-1, *[1] * (v.ndim - 1))
+    return _norm(_flat(v), 1).reshape(len(v), *[1] * (v.ndim - 1))
 
 
 def _shorten(v: Tensor, length: Tensor, t: Tensor | float) -> Tensor:

@@ -50,7 +50,7 @@ class Split:
     linear: tuple[AffineMap, ...]
     terms: tuple[ProxTerm, ...]
     groups: tuple[tuple[tuple[int, ...], ConvexProx | None], ...]
-    programs: Mapping[int, ConvexProx]
+    programs: Mapping[int, ConvexProx | None]
 
     @property
     def size(self) -> int:
@@ -87,7 +87,9 @@ class Split:
                 device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype
             ).reshape(-1)
         for name, value in contexts.items():
-            flat[name] = value.to(like if value.is_complex() else like.real).reshape(len(value), -1)
+            flat[name] = value.to(like if value.is_complex() else like.real).reshape(
+                len(value), math.prod(self.shapes[name])
+            )
         return Instance.of(self, len(next(iter(contexts.values()))), flat, like)
 
     def nominal(self) -> Instance:

@@ -154,9 +154,10 @@ class Reader:
                 return "total_variation", signal, {}, (), f"TV({pretty(signal)})"
             return "norm1", argument, {}, outside, f"|{text}|_1"
         if isinstance(inner, Pnorm) and inner.p == 2:
-            if inner.axis is None:
+            axis: Any = inner.axis
+            if axis is None:
                 return "norm2", argument, {}, (), f"|{text}|_2"
-            return "group", argument, {"axis": int(inner.axis)}, (), f"|{text}|_{{1,2}}"
+            return "group", argument, {"axis": axis}, (), f"|{text}|_{{1,2}}"
         if isinstance(inner, norm_inf) and inner.axis is None:
             return "norm_inf", argument, {}, (), f"|{text}|_inf"
         if isinstance(inner, normNuc):
@@ -299,17 +300,18 @@ def _constant_factor(e: Any) -> Any:
     return next((k for k in (0, 1) if e.args[k].is_constant()), None)
 
 
-def _squared(e: Any) -> tuple[Any, float] | None:
-    """(a, w) where the sum over e's entries is w/2 |a|^2 for an affine a."""
-    if isinstance(e, quad_over_lin) and e.args[0].is_affine() and not e.args[1].parameters() and e.axis is None:
+def _squared(expression: Any) -> tuple[Any, float] | None:
+    """(a, w) where the sum over the entries is w/2 |a|^2 for an affine a."""
+    e, kind = expression, type(expression)
+    if issubclass(kind, quad_over_lin) and e.args[0].is_affine() and not e.args[1].parameters() and e.axis is None:
         return e.args[0], 2.0 / float(e.args[1].value)
-    if isinstance(e, Power) and float(e.p.value if hasattr(e.p, "value") else e.p) == 2:
+    if issubclass(kind, Power) and float(e.p.value if hasattr(e.p, "value") else e.p) == 2:
         inner = e.args[0]
         if inner.is_affine():
             return inner, 2.0
         if isinstance(inner, Pnorm) and inner.p == 2 and inner.axis is None and inner.args[0].is_affine():
             return inner.args[0], 2.0
-    if isinstance(e, QuadForm) and e.args[0].is_affine():
+    if issubclass(kind, QuadForm) and e.args[0].is_affine():
         if e.args[1].parameters():
             raise CompileError(
                 f"cannot split the term {e}: its matrix is a parameter; write sum_squares(P_sqrt @ x) with a "
@@ -342,10 +344,11 @@ def _differences(e: Any) -> Any:
     if not isinstance(e, AddExpression) or len(e.args) != 2 or e.ndim != 1 or not isinstance(e.args[1], NegExpression):
         return None
     later, earlier = e.args[0], e.args[1].args[0]
-    leaves = [a.args[0] for a in (later, earlier) if type(a).__name__ == "index"]
+    sides: tuple[Any, Any] = (later, earlier)
+    leaves = [a.args[0] for a in sides if type(a).__name__ == "index"]
     if len(leaves) != 2 or leaves[0] is not leaves[1] or leaves[0].ndim != 1 or leaves[0].size != e.size + 1:
         return None
-    n, keys = leaves[0].size, [a.key[0] for a in (later, earlier)]
+    n, keys = leaves[0].size, [a.key[0] for a in sides]
     steps = [k.step in (None, 1) and (k.start or 0, n if k.stop is None else k.stop) for k in keys]
     return leaves[0] if steps == [(1, n), (0, n - 1)] else None
 

@@ -56,7 +56,7 @@ def test_the_paper_s_any_positive_step_diverges(admm):
         iterates = Unfolded(admm.replace(step=2.5), 400).iterates(contexts())
     changes = (iterates[1:] - iterates[:-1]).norm(dim=-1).amax(1)
     assert changes[-1] > 10 * changes[100]
-    with pytest.raises(OptionError, match="converge up to 1.61803"):
+    with pytest.raises(OptionError, match=r"converge up to 1\.61803"):
         Converged(admm.replace(step=2.5))
     with pytest.raises(OptionError, match="not with both away"):
         Converged(admm.replace(step=1.4, relaxation=1.5))

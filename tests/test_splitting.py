@@ -30,13 +30,16 @@ def test_the_lasso_as_printed():
 
 TERMS = {
     "norm1": (rho * cp.norm1(s), []), "weighted": (w @ cp.abs(s), []), "inside": (cp.norm1(cp.multiply(w, s)), []),
-    "norm2": (2 * cp.norm(s), []), "norm_inf": (rho * cp.norm(s, "inf"), []), "huber": (rho * cp.sum(cp.huber(s, 0.5)), []),
-    "total_variation": (rho * cp.tv(s), []), "group": (rho * cp.sum(cp.norm(cp.reshape(s, (3, 2), order="C"), 2, axis=1)), []),
+    "norm2": (2 * cp.norm(s), []), "norm_inf": (rho * cp.norm(s, "inf"), []),
+    "huber": (rho * cp.sum(cp.huber(s, 0.5)), []),
+    "total_variation": (rho * cp.tv(s), []),
+    "group": (rho * cp.sum(cp.norm(cp.reshape(s, (3, 2), order="C"), 2, axis=1)), []),
     "box": (0, [s >= -1, s <= 0.2]), "simplex": (0, [s >= 0, cp.sum(s) == 1]), "ball": (0, [cp.norm(s) <= 0.3]),
     "norm1_ball": (0, [cp.norm1(s) <= 0.3]), "zero": (0, [cp.sum(s) == 1, s[0] == s[1]]),
     "second_order_cone": (0, [cp.SOC(s[0], s[1:])]), "norm1 in a box": (rho * cp.norm1(s), [s >= -0.1, s <= 0.2]),
     "disjoint": (rho * cp.norm1(s[:3]), [s[3:] >= 0]), "linear": (cp.sum(s) + rho * cp.norm1(s), []),
-    "orthogonal": (rho * cp.norm1(np.linalg.qr(RNG.normal(size=(6, 6)))[0] @ s), []), "maximum": (rho * cp.norm1(s) + 3, []),
+    "orthogonal": (rho * cp.norm1(np.linalg.qr(RNG.normal(size=(6, 6)))[0] @ s), []),
+    "maximum": (rho * cp.norm1(s) + 3, []),
 }  # fmt: skip
 
 
@@ -111,18 +114,19 @@ def test_pickles():
 
 
 def test_what_cannot_be_split_is_named():
+    b = cp.Variable(6, boolean=True, name="b")
     with pytest.raises(CompileError, match=r"cannot split: variable 'b' is boolean"):
-        b = cp.Variable(6, boolean=True, name="b")
         cl.split(cp.Problem(cp.Minimize(FIT), [s == b]), [x], s)
     with pytest.raises(CompileError, match=r"cannot split the term .*not convex"):
         parts(FIT + cp.sum(cp.sqrt(s)))
-    with pytest.raises(CompileError, match=r"DPP"):
+    with pytest.raises(CompileError, match="DPP"):
         parts(FIT + rho * rho * cp.norm1(s))
+    d = cp.Variable((4, 4), diag=True, name="d")
     with pytest.raises(CompileError, match=r"'d' is diag"):
-        d = cp.Variable((4, 4), diag=True, name="d")
         cl.split(cp.Problem(cp.Minimize(cp.sum_squares(d @ x - 1))), [x], d)
+    other = cp.Parameter(name="y")
     with pytest.raises(CompileError, match="'y' is not in the problem"):
-        cl.split(cp.Problem(cp.Minimize(cp.norm1(s))), [cp.Parameter(name="y")], s)
+        cl.split(cp.Problem(cp.Minimize(cp.norm1(s))), [other], s)
     with pytest.raises(MissingParameterError, match="needs context and decision"):
         cl.split(cp.Problem(cp.Minimize(FIT)))
     with pytest.raises(ShapeError, match=r"context 'x' must be a tensor of shape \(B, 4\)"):

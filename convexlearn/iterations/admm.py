@@ -115,7 +115,7 @@ class ADMM(Iteration):
         away = [n for n in ("step", "relaxation") if n in self.values and float(self.values[n].max()) != 1.0]
         if len(away) == 2:
             raise OptionError(
-                "ADMM is only known to converge with step or relaxation at 1, not with both away from it; keep one there"
+                "ADMM is only known to converge with step or relaxation at 1, not with both away from it; keep one"
             )
         bounds = {"step": GOLDEN, "relaxation": 2.0}
         return {name: like.new_tensor(bound) for name, bound in bounds.items()}
@@ -183,14 +183,15 @@ def solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequ
     tight = None if A is None else A.tight
     simple = scale is not None and not equalities and (A is None or tight is not None)
     projecting = scale is not None and A is None and len(equalities) == 1 and equalities[0].map.tight is not None
-    c = None if scale is None else 2 * penalty * scale
+    c: Any = None if scale is None else 2 * penalty * scale
     if simple and A is None:
         return lambda r: r / c
     if simple and A is not None and tight is not None:
         return lambda r: (r - A.adjoint(A(r)) / (tight + c)) / c
     if projecting:
         E = equalities[0]
-        return lambda r: r / c - E.map.adjoint(E.image(r / c)) / E.map.tight
+        size: Any = E.map.tight
+        return lambda r: r / c - E.map.adjoint(E.image(r / c)) / size
     if n > LARGEST:
         raise CompileError(
             f"ADMM would factor a dense matrix of {n} unknowns for {instance.split}; use PrimalDual, which needs "

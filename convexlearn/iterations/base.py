@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Iteration(ABC):
                 raise ShapeError(
                     f"variable '{v.name}' has shape {v.shape}, but a slot returned {tuple(part.shape[1:])}"
                 )
-        return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+        return torch.cat([part.reshape(len(part), math.prod(part.shape[1:])) for part in parts], 1)
 
     def threshold_sizes(self) -> list[int]:
         """Number of weights of each term, 0 for an indicator."""

@@ -82,13 +82,13 @@ class RobustPCA(ISTA):
             thresholds = self.split_threshold(given["threshold"], thresholds)
         D = instance.y.reshape(instance.batch, *instance.y_shape)
         scales = (step, step, -step, 1 - step, 1 - step, -step)
-        products = [given.get(name) or (lambda v, c=c: c * v) for name, c in zip(PRODUCTS, scales)]
+        products: list[Any] = [given.get(name) or (lambda v, c=c: c * v) for name, c in zip(PRODUCTS, scales)]
         drive = products[0](D), products[1](D)
-        shrinks = [given.get(name) for name in ("low_rank_prox", "sparse_prox")]
+        shrinks: list[Any] = [given.get(name) for name in ("low_rank_prox", "sparse_prox")]
 
         def shrink(k: int, v: Tensor) -> Tensor:
-            term, t = instance.terms[k], thresholds[k]
-            return term.entry.prox(v, term.fit(t), **term.data) if shrinks[k] is None else shrinks[k](v, t)
+            term, t, own = instance.terms[k], thresholds[k], shrinks[k]
+            return term.entry.prox(v, term.fit(t), **term.data) if own is None else own(v, t)
 
         def advance(state: State) -> State:
             L, S = self.unstack(state.z)

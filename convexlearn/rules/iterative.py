@@ -265,8 +265,8 @@ class Converged(IterativeRule):
             worst = result.residual[~result.converged].max().item()
             warnings.warn(
                 f"{len(lost)} of {len(result.converged)} samples ({shown}) did not converge within "
-                f"{self.max_iterations} steps: the last relative change is up to {worst:.1e}, above tol = {self.tol:g}; raise "
-                "max_iterations or tol, or take an accelerated iteration (FISTA, ADMM)",
+                f"{self.max_iterations} steps, the last relative change up to {worst:.1e}, above tol = {self.tol:g}; "
+                "raise max_iterations or tol, or take an accelerated iteration (FISTA, ADMM)",
                 LimitWarning,
                 stacklevel=3,
             )
