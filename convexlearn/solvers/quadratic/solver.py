@@ -45,7 +45,7 @@ from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 PATHS = ("auto", "shared", "lanes", "sparse")
 CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
-SMALL = 64  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
+SMALL = 100  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
 CERTIFICATE_TOLERANCE = 1e-6
 LARGE = 50_000  # variables, rows and stored entries from which the sparse path spares the symbolic analysis
 LARGE_FACTOR = 250_000  # entries of L from which it is faster
