@@ -17,7 +17,7 @@ from convexlearn.errors import DomainError, OptionError, SolverError
 from convexlearn.failures import collect_failures
 from convexlearn.layer_transforms import transformed
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")  # PyTorch itself uses it
 
 
 @pytest.fixture(scope="module", params=CASES)
