@@ -25,7 +25,7 @@ def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_1: sign(v) (|v| - t)_+ entry by entry (Example 10); complex entries keep their phase.
 
     >>> soft_threshold(torch.tensor([-3.0, 0.5, 2.0]), 1.0)
-    tensor([-2., 0., 1.])
+    tensor([-2.,  0.,  1.])
     """
     if v.is_complex():
         return _shorten(v, v.abs(), t)
@@ -36,7 +36,7 @@ def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """A minimizer of t |z|_0 + 1/2 |z - v|^2 (Eq. 5): entries up to sqrt(2 t) vanish. Not convex: no guarantees.
 
     >>> hard_threshold(torch.tensor([-3.0, 0.5, 2.0]), 0.5)
-    tensor([-3., 0., 2.])
+    tensor([-3.,  0.,  2.])
     """
     return torch.where(v.abs().square() > 2 * torch.as_tensor(t), v, torch.zeros_like(v))
 

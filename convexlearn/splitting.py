@@ -153,9 +153,9 @@ def split(problem: Any, context: Any = None, decision: Any = None) -> Split:
     context: parameters fed at call time; decision: a variable, an affine expression, or a list of them. Raises
     CompileError, naming the term, where that is impossible. Source: Eqs. 4, 13 and 14 of the paper.
 
-    >>> import cvxpy as cp
+    >>> import cvxpy as cp, numpy as np
     >>> s, x, H = cp.Variable(3, name="s"), cp.Parameter(2, name="x"), cp.Parameter((2, 3), name="H")
-    >>> H.value, rho = [[2, 0, 0], [0, 1, 0]], cp.Parameter(nonneg=True, name="rho", value=0.1)
+    >>> H.value, rho = np.array([[2, 0, 0], [0, 1, 0]]), cp.Parameter(nonneg=True, name="rho", value=0.1)
     >>> print(split(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - H @ s) + rho * cp.norm1(s))), [x], s))
     smooth 1/2|Hs-x|^2 (L = 4) + rho |s|_1 [soft threshold]
     """

@@ -25,7 +25,7 @@ def test_steps_and_learned_forms():
     x = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     z, r = torch.zeros(3, 9, dtype=torch.float64), torch.zeros(3, 6, dtype=torch.float64)
     for _ in range(4):
-        r = x - z @ A.mT + (z != 0).sum(1, keepdim=True) / 6 * r
+        r = x - z @ A.mT + (z != 0).double().sum(1, keepdim=True) / 6 * r
         z = soft_threshold(z + r @ A, 1.4 * r.norm(dim=1, keepdim=True) / math.sqrt(6))
     for iteration, untie in ((AMP(parts), ["threshold"]), (AMP(parts).free("W1"), ["W1", "threshold"])):
         torch.testing.assert_close(Unfolded(iteration, 4, untie=untie)(x).detach(), z, rtol=0, atol=1e-12)
