@@ -189,9 +189,9 @@ def build(seed: int, setting: Setting) -> Study:
     lista = Unfolded(ista.free("W1", "W2"), K, untie=["threshold"])
     contenders = {
         "ISTA": Contender(Unfolded(ista, K)),
-        "tuned ISTA": Contender(Unfolded(ista, K), grid(train, squared_error, itself, "rho", RHO_GRID)),
+        "tuned ISTA": Contender(Unfolded(ista, K, learn=["rho"]), grid(train, squared_error, itself, "rho", RHO_GRID)),
         "tuned FISTA": Contender(
-            Unfolded(FISTA(parts, restart=False), K), grid(train, squared_error, itself, "rho", RHO_GRID)
+            Unfolded(FISTA(parts, restart=False), K, learn=["rho"]), grid(train, squared_error, itself, "rho", RHO_GRID)
         ),
         "tuned AMP": Contender(
             Unfolded(AMP(parts), K, learn=["threshold"]), grid(train, squared_error, itself, "threshold", ALPHA_GRID)
