@@ -25,6 +25,7 @@ class Family:
     bounds: bool = True
     norm1: bool = False
     options: dict = field(default_factory=dict)
+    solver: str | None = None
 
     def __post_init__(self):
         n, x = self.n, cp.Variable(self.n, name="x")
@@ -50,7 +51,9 @@ class Family:
         variables = [x, *(c.dual_variables[0] for c in constraints.values())]
         problem = cp.Problem(cp.Minimize(cost), list(constraints.values()))
         options = self.options or None
-        self.layer = ConvexLayer(problem, list(p.values()), variables, on_failure="nan", solver_args=options)
+        self.layer = ConvexLayer(
+            problem, list(p.values()), variables, solver=self.solver, on_failure="nan", solver_args=options
+        )
 
     def tensors(self, data, grad=False):
         return [torch.tensor(data[k], dtype=torch.float64).requires_grad_(grad) for k in self.names]

@@ -6,7 +6,7 @@ from cone_families import family
 
 from convexlearn.program.program import Cones
 from convexlearn.solvers.quadratic.layout import NAMES
-from convexlearn.solvers.quadratic.ldl import column_patterns, minimum_degree, symmetric_pattern
+from convexlearn.solvers.quadratic.ordering import column_patterns, minimum_degree, symmetric_pattern
 from convexlearn.solvers.second_order.layout import OWN, arrange, elimination_order, gram_matrices
 
 

@@ -1,8 +1,6 @@
-"""Ordering, symbolic analysis and the factorization in lanes against dense linear algebra."""
+"""Symbolic analysis and the factorization in lanes against dense linear algebra."""
 
 import numpy as np
-import pytest
-import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes_families import dense, family
@@ -11,6 +9,7 @@ from convexlearn.solvers.quadratic import ldl
 from convexlearn.solvers.quadratic.lanes import BoxData
 from convexlearn.solvers.quadratic.layout import PINNED
 from convexlearn.solvers.quadratic.simd import kernel
+from convexlearn.solvers.quadratic.symbolic import symbolic
 
 
 @kernel
@@ -24,19 +23,8 @@ def product(w, I, F, v, r):
     ldl.multiply(w, I, F, v, r)
 
 
-def fill(pattern: np.ndarray, order: np.ndarray) -> int:
-    """Entries of L below the diagonal, by elimination on the dense pattern."""
-    graph = pattern[np.ix_(order, order)] != 0
-    count = 0
-    for j in range(len(order)):
-        rows = j + 1 + np.flatnonzero(graph[j + 1 :, j])
-        graph[np.ix_(rows, rows)] = True
-        count += len(rows)
-    return count
-
-
 def workspace(box, data, W):
-    layout = ldl.symbolic(box)
+    layout = symbolic(box)
     at = layout.offset
     F = np.zeros((layout.work, W))
     for k in range(W):
@@ -85,24 +73,3 @@ def test_multiply_is_the_symmetric_product():
         np.testing.assert_allclose(
             F[at["R"] : at["R"] + N, k], 1 + matrix(box, data, k) @ v[:, k], rtol=1e-12, atol=1e-12
         )
-
-
-@pytest.mark.parametrize("density", [0.05, 0.2])
-def test_ordering_beats_the_natural_one_and_predicts_fill(density):
-    rng = np.random.default_rng(1)
-    pattern = (rng.random((60, 60)) < density) | np.eye(60, dtype=bool)
-    pattern |= pattern.T
-    order = ldl.minimum_degree(sp.csr_array(pattern.astype(float)))
-    np.testing.assert_array_equal(np.sort(order), np.arange(60))
-    columns = ldl.column_patterns(sp.csr_array(pattern.astype(float)), order)
-    assert sum(map(len, columns)) == fill(pattern, order) < fill(pattern, np.arange(60))
-    post = order[ldl.postorder(columns)]
-    assert fill(pattern, post) == fill(pattern, order)
-
-
-def test_minimum_degree_has_no_fill_on_a_tree():
-    parent = [max(0, (k - 1) // 2) for k in range(31)]
-    pattern = np.eye(31)
-    pattern[range(31), parent] = pattern[parent, range(31)] = 1
-    columns = ldl.column_patterns(sp.csr_array(pattern), ldl.minimum_degree(sp.csr_array(pattern)))
-    assert sum(map(len, columns)) == 30

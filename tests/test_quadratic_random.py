@@ -169,6 +169,43 @@ def test_gradients_where_the_solution_is_differentiable(k, kind, number):
     assert not wrong.any() or caught
 
 
+STRICTLY_CONVEX = (
+    {"n": 4, "rank": 6},
+    {"n": 6, "rank": 6, "eq": 1, "bounds": False},
+    {"n": 6, "rank": 7, "eq": 2, "ineq": 3},
+    {"n": 5, "rank": 6, "ineq": 3, "bounds": False, "norm1": True},
+)
+OTHERS = (("dense", {}, 1e-9, 1e-7), ("diffcp", {"tolerance": 1e-12}, 1e-6, 1e-4))
+
+
+@cache
+def strictly_convex(k, solver=None, options=()):
+    return Family(**STRICTLY_CONVEX[k], solver=solver, options=dict(options))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, len(STRICTLY_CONVEX) - 1), seed)
+def test_gradients_are_those_of_dense_and_diffcp(k, number):
+    """diffcp as far as the residuals of its first-order solver allow."""
+    rng = np.random.default_rng(number)
+    data, weights = (
+        draw(strictly_convex(k), rng, 3, "plain"),
+        torch.tensor(rng.standard_normal((3, STRICTLY_CONVEX[k]["n"]))),
+    )
+    results = []
+    for solver, options, *_ in ((None, {}), *OTHERS):
+        of = strictly_convex(k, solver, tuple(options.items()))
+        leaves = of.tensors(data, grad=True)
+        x = of.layer.solve(*leaves).variables[0]
+        (x * weights).sum().backward()
+        results.append((x.detach(), [v.grad for v in leaves]))
+    (x, gradients), *others = results
+    for (y, expected), (_, _, value, slope) in zip(others, OTHERS, strict=True):
+        assert float((x - y).abs().max()) <= value * (1 + float(y.abs().max()))
+        for g, e in zip(gradients, expected):
+            assert float((g - e).abs().max()) <= slope * (1 + float(e.abs().max()))
+
+
 def mpc(horizon=5, bound=0.5):
     A, B = np.array([[1.0, 0.3, 0], [0, 0.9, 0.2], [0.1, 0, 1.0]]), np.array([[0, 0], [1.0, 0], [0, 1.0]])
     x, u, x0 = cp.Variable((horizon + 1, 3)), cp.Variable((horizon, 2)), cp.Parameter(3, name="x0")

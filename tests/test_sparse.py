@@ -1,6 +1,6 @@
 """Large sparse programs, and the sparse path as the last resort of the others."""
 
-from time import perf_counter
+from time import process_time
 
 import cvxpy as cp
 import numpy as np
@@ -64,13 +64,17 @@ def test_ten_thousand_variables():
     layer = ConvexLayer(problem, parameters, outputs)
     given = values(parameters)
     leaves = [v.clone().requires_grad_() for v in given]
+    layer.solve(*given)  # analyses the structure, once per layer
+    start = process_time()
     result = layer.solve(*leaves)
+    forward = process_time() - start
+    assert forward < 2
     assert result.status == Status.SOLVED
     assert isinstance(result.solution.private.parts[0][2], sparse.SparsePart)
     assert result.residual < 1e-13
-    start = perf_counter()
+    start = process_time()
     weighted(result.variables).backward()
-    backward = perf_counter() - start
+    backward = process_time() - start
     assert backward < 1
     for ours, theirs in zip(result.variables, cvxpy_values(problem, outputs)):
         close(ours.detach(), theirs, 2e-5)  # what Clarabel attains; the residual above is ours

@@ -75,13 +75,14 @@ def _fixed_offsets(program: Program, pivots: Pivots) -> np.ndarray:
     rows, cols = program.A.rows, program.A.cols
     order = np.argsort(rows, kind="stable")
     starts = np.searchsorted(rows[order], np.arange(program.m + 1))
-    c = np.zeros(program.n)
+    c, defined = np.zeros(program.n), np.zeros(program.n, dtype=bool)
+    defined[pivots.cols] = True
     for row, col in zip(pivots.rows.tolist(), pivots.cols.tolist()):
         own = order[starts[row] : starts[row + 1]]
         pivot = values[own[cols[own] == col][0]]
-        others = own[np.isin(cols[own], pivots.cols) & (cols[own] != col)]
+        others = own[defined[cols[own]] & (cols[own] != col)]
         c[col] = (b[row] - np.sum(values[others] * c[cols[others]])) / pivot
-    touched = np.flatnonzero(np.isin(cols, pivots.cols))
+    touched = np.flatnonzero(defined[cols])
     np.subtract.at(b, rows[touched], values[touched] * c[cols[touched]])
     return b
 

@@ -129,7 +129,7 @@ def _block(program: Program, pattern: sp.csr_array, rows: Array) -> tuple[Block 
 
 def _symbolic(n: int, N: int, i: Array, j: Array) -> dict[str, Any]:
     """Elimination order, pattern of L by column and by row, and where entries of the matrix go."""
-    from convexlearn.solvers.quadratic.ldl import column_patterns, minimum_degree, postorder
+    from convexlearn.solvers.quadratic.ordering import column_patterns, minimum_degree, postorder
 
     pattern = sp.csr_array((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(N, N))
     order = minimum_degree(pattern)

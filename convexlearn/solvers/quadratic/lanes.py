@@ -31,19 +31,18 @@ q'x + w'|x| = -1. FAILED: the last iterate.
 """
 
 import logging
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from convexlearn import parallel
 from convexlearn.program.program import INACCURATE_RESIDUAL, SOLVED_RESIDUAL, Status
 from convexlearn.program.reduce import BoxProgram
 from convexlearn.solvers.quadratic import layout
-from convexlearn.solvers.quadratic.ldl import symbolic
+from convexlearn.solvers.quadratic.symbolic import symbolic
 from convexlearn.solvers.quadratic.undecided import decide
 
 LANES = 8
@@ -273,7 +272,7 @@ def _plan(symbolic: Symbolic, batch: int, threads: int | None) -> _Plan:
     count = min(CHUNKS, blocks)
     edges = [blocks * k // count for k in range(count + 1)]
     chunks = [(edges[k], edges[k + 1], k) for k in range(count)]
-    return _Plan(lanes, blocks, order, chunks, threads or len(os.sched_getaffinity(0)))
+    return _Plan(lanes, blocks, order, chunks, threads or parallel.cores())
 
 
 def _checked(symbolic: Symbolic, data: BoxData, batch: int) -> tuple[tuple[np.ndarray, ...], int]:
@@ -302,22 +301,8 @@ def _status(info: np.ndarray) -> np.ndarray:
     return status
 
 
-_POOL: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _pool() -> ThreadPoolExecutor:
-    global _POOL
-    if _POOL is None or _POOL[0] != os.getpid():  # threads don't survive a fork
-        _POOL = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "convexlearn")
-    return _POOL[1]
-
-
 def _in_threads(run: Any, plan: _Plan) -> None:
-    if plan.threads == 1 or len(plan.chunks) == 1:
-        for chunk in plan.chunks:
-            run(*chunk)
-    else:
-        list(_pool().map(lambda chunk: run(*chunk), plan.chunks))
+    parallel.run(lambda chunk, *_: run(*plan.chunks[chunk]), len(plan.chunks), plan.threads, 1)
 
 
 _KERNELS: Any = None

@@ -14,7 +14,7 @@ SIZES = (
 )
 INDICES = (
     *("I_PERM", "I_LP", "I_LI", "I_RP", "I_RK", "I_RD", "I_RC", "I_KP", "I_KI", "I_KS"),
-    *("I_CP", "I_CI", "I_CS", "I_EI", "I_EJ", "I_LO", "I_UP", "I_ABS", "I_BOTH", "I_FIELD"),
+    *("I_CP", "I_CI", "I_CS", "I_EI", "I_EJ", "I_LO", "I_UP", "I_ABS", "I_BOTH", "I_FIELD", "I_PANEL"),
 )
 STATE = ("LX", "PIVOT", "WD", "SCALE", "COST", "UNIT", "OUT", "KAPPA", "RATIO", "OK")
 WORK = (
@@ -26,12 +26,12 @@ NAMES = (*SIZES, *INDICES, *STATE, *WORK)
 (N_X, N_EQ, N_IN, N_LO, N_UP, N_ABS, N_K, N_PAIR, N_L, N_ENTRY, N_P, N_BOTH, N_PLUS, N_BORDER) = range(14)
 # offsets of index arrays: permutation; L by column; L by row; K by column; K by original column; entries
 (I_PERM, I_LP, I_LI, I_RP, I_RK, I_RD, I_RC, I_KP, I_KI, I_KS) = range(14, 24)
-(I_CP, I_CI, I_CS, I_EI, I_EJ, I_LO, I_UP, I_ABS, I_BOTH, I_FIELD) = range(24, 34)
+(I_CP, I_CI, I_CS, I_EI, I_EJ, I_LO, I_UP, I_ABS, I_BOTH, I_FIELD, I_PANEL) = range(24, 35)
 # slots that outlive a solve: factor, pivots, diagonal, scaling, solution, derivative weights
-(LX, PIVOT, WD, SCALE, COST, UNIT, OUT, KAPPA, RATIO, OK) = range(34, 44)
+(LX, PIVOT, WD, SCALE, COST, UNIT, OUT, KAPPA, RATIO, OK) = range(35, 45)
 # slots of one solve
-(DATA, C, ON, BASE, SOL, S, R, D, DS, Y, ACT, T, QL, REG, CERT, BEST, BEST_S, END) = range(44, 62)
-HEADER = 62
+(DATA, C, ON, BASE, SOL, S, R, D, DS, Y, ACT, T, QL, REG, CERT, BEST, BEST_S, END) = range(45, 63)
+HEADER = 63
 # lane registers, relative to REG
 (CODE, ITERATIONS, RESIDUAL, DONE) = range(4)  # reported in this order
 (MU, PRIMAL, DUAL, ACTIVE, ALPHA, BETA, COUNT, REG_X, REG_Y, TARGET) = range(4, 14)
@@ -79,4 +79,4 @@ def _slots(sizes: dict[str, int]) -> dict[str, int]:
     long = n + rows + pairs
     state = (sizes["N_L"], N, N, N, 1, 1, N + bounds + absolute, absolute, bounds + absolute, 1)
     work = (sizes["N_ENTRY"], N + bounds + absolute, pairs, n, long, pairs, long, long, pairs, long, pairs)
-    return dict(zip((*STATE, *WORK), (*state, *work, N, n, REGISTERS, long, long, pairs, 0), strict=True))
+    return dict(zip((*STATE, *WORK), (*state, *work, 2 * N, n, REGISTERS, long, long, pairs, 0), strict=True))

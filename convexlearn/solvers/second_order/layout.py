@@ -15,7 +15,8 @@ import scipy.sparse as sp
 
 from convexlearn.program.program import Program
 from convexlearn.solvers.quadratic.layout import HEADER, INDICES, NAMES, REGISTERS, SIZES, Layout
-from convexlearn.solvers.quadratic.ldl import column_patterns, matrix_indices, minimum_degree, symmetric_pattern
+from convexlearn.solvers.quadratic.ordering import cheapest_order, symmetric_pattern
+from convexlearn.solvers.quadratic.symbolic import matrix_indices
 
 # words of its own
 (N_ROW, N_CONE, N_HALF, N_PRODUCT, I_CONE, I_PRODUCT, KEPT) = range(HEADER, HEADER + 7)
@@ -121,21 +122,20 @@ def elimination_order(pattern: sp.csr_array, rows: np.ndarray, low_rank: np.ndar
     Rows of a large cone are best eliminated before e and f, which would couple them all; for many small
     cones plain minimum degree is better, or e and f at the end.
     """
-    orders = [minimum_degree(pattern)]
+    stages: list[np.ndarray | None] = [None]
     for turn_rows, turn_low_rank in ((-2, -1), (0, 1)):
         stage = np.zeros(pattern.shape[0], dtype=np.int64)
         stage[rows], stage[low_rank] = turn_rows, turn_low_rank
-        orders.append(minimum_degree(pattern, stage))
-    costs = [sum(len(c) * (len(c) + 3) for c in column_patterns(pattern, order)) for order in orders]
-    best = int(np.argmin(costs))
-    return orders[best], best == 1
+        stages.append(stage)
+    order, best = cheapest_order(pattern, stages)
+    return order, best == 1
 
 
 def _slots(offset: dict[str, int], m: int, k: int, gram: int) -> int:
     """Add the offsets of all slots, those that outlive a solve first; returns their number."""
     n, N, entries = offset["N_X"], offset["N_K"], offset["N_ENTRY"] + offset["N_BORDER"]
     lengths = {"DATA": entries + gram, "GRAM": gram, "WD": N, "SCALE": N, "COST": 1, "UNIT": 1, "KEPT": 0}
-    lengths |= {"LX": offset["N_L"], "PIVOT": N, "T": N, "C": N, "SOL": N, "R": N, "D": N, "Y": N, "RHS": N}
+    lengths |= {"LX": offset["N_L"], "PIVOT": N, "T": 2 * N, "C": N, "SOL": N, "R": N, "D": N, "Y": N, "RHS": N}
     lengths |= {"SPARE": N, "FIX": N, "BEST": N, "PX": n, "S": m, "DS": m, "BEST_S": m, "W": m}
     lengths |= {"SLACK": m, "TEMP": 2 * m, "ETA": k, "OUT": n + m, "REG": REGISTERS + 12, "END": 0}
     start = 0
