@@ -1,4 +1,4 @@
-"""Time the layers side by side: python -m benchmarks.run [names] [--batch N ...] [--scaling] [--memory]."""
+"""Time the layers side by side: python -m benchmarks.run [names] [--batch N ...]; or see --help."""
 
 import argparse
 import statistics
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks import peers, scaling
+from benchmarks import overhead, peers, scaling
 from benchmarks.workloads import WORKLOADS, Layer, Workload
 
 # A back end counts as accurate up to this norm-wise relative error of all gradients together. Lenient, since
@@ -145,11 +145,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--scaling", action="store_true", help="fit slopes over batch and horizon instead")
     parser.add_argument("--memory", action="store_true", help="peak memory of W1 at batch 1024 instead")
+    parser.add_argument("--overhead", action="store_true", help="what a layer costs beside its solver instead")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # for all layers: idle torch threads spin, and would slow whoever runs next
     unknown = [n for n in options.names if n not in WORKLOADS]
     if unknown:
         parser.error(f"unknown workload {unknown[0]!r}; valid: {', '.join(WORKLOADS)}")
+    if options.overhead:
+        print(overhead.overhead_report())
+        return
     if options.scaling or options.memory:
         print(scaling.memory_report() if options.memory else scaling.slopes_report())
         return

@@ -131,12 +131,11 @@ class Plan:
             result.append(torch.from_numpy(y + recovery.offset if recovery.shifted else y))
         return result
 
-    def flat_outputs(self, x: Tensor, z: Tensor, differentiable: bool = False) -> list[Tensor]:
+    def flat_outputs(self, x: Tensor, z: Tensor) -> list[Tensor]:
         """Outputs (B, size) from the canonical solution."""
-        apply = SparseMap.differentiable if differentiable else SparseMap.__call__
         result = []
         for recovery, matrix in zip(self.node.compiled.outputs, self.node.outputs):
-            y = apply(matrix, z if recovery.dual else x)
+            y = matrix(z if recovery.dual else x)
             if recovery.shifted:
                 y = y + torch.as_tensor(recovery.offset, device=y.device)
             result.append(y.exp() if recovery.exp else y)
@@ -150,9 +149,22 @@ class Plan:
 
     def flattened(self, gradient: Tensor, k: int) -> Tensor:
         """The gradient of output k as (B, size) float64."""
-        width = self.node.outputs[k].shape[0]
-        gradient = gradient.reshape(self.size, width)
-        return gradient if gradient.dtype == torch.float64 else gradient.to(torch.float64)
+        return gradient.reshape(self.size, self.node.outputs[k].shape[0]).to(torch.float64)
+
+    def gradients(self, data: ProgramData) -> Callable[[Piece], Any]:
+        """From the gradient of the data a function: the values (rows, size) of a piece's gradient, None for zero.
+
+        Arrays on the host, where slices of tensors would cost more than a small solve.
+        """
+        shared, varying = self.map.gradient_on_host(data) if self.host else self.map.gradient(data)
+        if self.host:
+            shared = shared[None]
+
+        def part(piece: Piece) -> Any:
+            source = varying if piece.batched else shared
+            return None if source is None else source[:, piece.start : piece.stop]
+
+        return part
 
 
 @dataclass(eq=False)
@@ -199,20 +211,25 @@ class Solve(torch.autograd.Function):
             solution = solution.replaced(status=status)
         if not getattr(plan.node.solver, "takes_arrays", False):
             dx, dz = as_tensor(dx), as_tensor(dz)
-        shared, varying = plan.map.gradient(plan.node.solver.adjoint(solution, dx, dz))
+        part = plan.gradients(plan.node.solver.adjoint(solution, dx, dz))
         result: list[Tensor | None] = [None] * len(params)
         for p in plan.pieces:
-            if not ctx.needs_input_grad[p.index + 1]:
-                continue
-            parameter, source = params[p.index], varying if p.batched else shared
-            if source is None:
-                g = torch.zeros_like(parameter)
-            else:
-                g = source[:, p.start : p.stop].reshape(parameter.shape)
-                g = g if g.dtype == parameter.dtype else g.to(parameter.dtype)
-            g = g / parameter if p.log else g
-            result[p.index] = g if result[p.index] is None else result[p.index] + g
+            if ctx.needs_input_grad[p.index + 1]:
+                g = _gradient(part(p), params[p.index], p.log)
+                result[p.index] = g if result[p.index] is None else result[p.index] + g
         return None, *result
+
+
+def _gradient(values: Any, parameter: Tensor, log: bool) -> Tensor:
+    """A parameter's gradient from that of its feature, the parameter itself or its logarithm."""
+    if values is None:
+        return torch.zeros_like(parameter)
+    if isinstance(values, np.ndarray):
+        g = torch.from_numpy(values.reshape(parameter.shape))
+    else:
+        g = values.reshape(parameter.shape)
+    g = g if g.dtype == parameter.dtype else g.to(parameter.dtype)
+    return g / parameter if log else g
 
 
 def _all_finite(value: np.ndarray) -> bool:
@@ -229,10 +246,14 @@ def _upstream(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, Any]:
     plan = ctx.call.plan
     total: dict[bool, Any] = {False: None, True: None}
     for k, (recovery, matrix) in enumerate(zip(plan.node.compiled.outputs, plan.node.outputs)):
-        g = plan.flattened(grads[k], k)
-        g = g * ctx.raw[k] if recovery.exp else g
-        g = g if ctx.usable is None else torch.where(ctx.usable[:, None], g, 0.0)
-        g = matrix.on_host(g.numpy(), True) if plan.host else matrix.transposed(g)
+        if plan.host and ctx.usable is None and not recovery.exp:
+            g = grads[k].numpy().reshape(plan.size, matrix.shape[0])
+            g = matrix.on_host(g if g.dtype == np.float64 else g.astype(np.float64), True)
+        else:
+            g = plan.flattened(grads[k], k)
+            g = g * ctx.raw[k] if recovery.exp else g
+            g = g if ctx.usable is None else torch.where(ctx.usable[:, None], g, 0.0)
+            g = matrix.on_host(g.numpy(), True) if plan.host else matrix.transposed(g)
         total[recovery.dual] = g if total[recovery.dual] is None else total[recovery.dual] + g
     program, like = plan.node.compiled.program, grads[0]
     for dual, width in ((False, program.n), (True, program.m)):

@@ -12,7 +12,6 @@ from convexlearn.errors import AdjointWarning
 from convexlearn.program.program import Cones, Program, ProgramData, Sparsity
 from convexlearn.solvers.base import dual_infeasible, primal_infeasible
 from convexlearn.solvers.quadratic.dense import Dense, DenseOptions
-from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 QUADRATIC = [n for n in CLOSED_FORMS if n not in ("norm ball", "exponential cones") and "semidefinite" not in n]
 
@@ -119,16 +118,6 @@ def test_hessian_equals_the_closed_form():
     (second,) = torch.autograd.grad(first, value, create_graph=True)
     (third,) = torch.autograd.grad(second, value)
     close(torch.stack([first, second, third]).detach(), tensor([-2 / 1.5**2, 4 / 1.5**3, -12 / 1.5**4]), 1e-8)
-
-
-def test_active_set_solution_survives_a_singular_sample():
-    program = Program(1, 1, Cones(0, 1), upper(1), full(1, 1))
-    fields = [tensor([[v], [v]]).requires_grad_() for v in (0.0, 1.0, 1.0, 2.0)]
-    x, _ = active_set_solution(program, tuple(fields), torch.tensor([[True], [False]]))
-    close(x[0].detach(), tensor([2.0]), 1e-9)
-    assert torch.isfinite(x).all()
-    for gradient in torch.autograd.grad(x[0].sum(), fields):
-        assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("copies", [2, 3])

@@ -86,25 +86,9 @@ def test_gradients_against_central_differences(seed):
         close((gradient * direction).sum(1), expected, 1e-6)
 
 
-def test_second_derivatives_of_the_solution_map():
-    program, data = family(3, 5, Cones(zero=1, nonneg=3, soc=(3, 4)), batch=2)
-    solution = solve(program, data)
-    wx, wz = normal(solution.x, 0), normal(solution.z, 1)
-    fields = [f.clone().requires_grad_() for f in data.fields()]
-    x, z = SOLVER.differentiable(solution, ProgramData(*fields, batch=2))
-    close(x, solution.x, 1e-10)
-    first = torch.autograd.grad((wx * x).sum() + (wz * z).sum(), fields, create_graph=True)
-    for ours, adjoint in zip(first, SOLVER.adjoint(solution, wx, wz).fields()):
-        close(ours.detach(), adjoint, 1e-9)
-    directions = [normal(f, 2 + k) for k, f in enumerate(fields)]
-    second = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, directions)), fields)
-
-    def gradient(h):
-        moved = ProgramData(*(f.detach() + h * d for f, d in zip(fields, directions)), batch=2)
-        return SOLVER.adjoint(solve(program, moved), wx, wz).fields()
-
-    for ours, ahead, behind in zip(second, gradient(1e-5), gradient(-1e-5)):
-        close(ours, (ahead - behind) / 2e-5, 1e-6)
+def test_polish_goes_on_while_it_gains():
+    program, data = family(136096, 5, Cones(zero=0, nonneg=8, soc=(1, 3, 2, 5)), linear=False, batch=3)
+    assert solve(program, data).residual.max() < 1e-12
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 9, 17])

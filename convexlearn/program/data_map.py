@@ -39,16 +39,12 @@ class SparseMap:
         """The product for arrays; without torch's threads, which would spin beside those of the solvers."""
         if self._picked is not None:
             if not transposed:
-                return v.take(self._picked, axis=1)
+                return v[:, self._picked].copy()  # a view would let the caller change the solution
             out = np.zeros((len(v), self.shape[1]))
             out[:, self._picked] = v
             return out
         matrix = self._transposed if transposed else self._forward
         return (matrix @ v[0])[None] if len(v) == 1 else np.ascontiguousarray((matrix @ v.T).T)
-
-    def differentiable(self, v: Tensor) -> Tensor:
-        """The same product in torch operations that autograd can differentiate any number of times."""
-        return torch.sparse.mm(self._on(v.device, False), v.T).T
 
     def _on(self, device: torch.device, transposed: bool) -> Tensor:
         key = (device, transposed)
@@ -67,10 +63,14 @@ class SparseMap:
         return self
 
 
-def _selected_columns(matrix: sp.csr_array) -> np.ndarray | None:
-    """Column of each row's only entry, where all entries are 1 and no column is picked twice."""
+def _selected_columns(matrix: sp.csr_array) -> np.ndarray | slice | None:
+    """Column of each row's only entry, where all entries are 1 and no column is picked twice; a slice if it can be."""
     picks = bool((np.diff(matrix.indptr) == 1).all() and (matrix.data == 1).all())
-    return matrix.indices if picks and len(np.unique(matrix.indices)) == matrix.nnz else None
+    columns = matrix.indices
+    if not picks or len(np.unique(columns)) < matrix.nnz:
+        return None
+    neighbours = len(columns) > 0 and bool((np.diff(columns) == 1).all())
+    return slice(int(columns[0]), int(columns[-1]) + 1) if neighbours else columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +112,12 @@ class DataMap:
         self._constant = not any(self._varies)  # over the batch
         self._block = block_of(varying.nnz)
 
-    def __call__(self, shared: Tensor, batched: Tensor, batch: int, differentiable: bool = False) -> ProgramData:
+    def __call__(self, shared: Tensor, batched: Tensor, batch: int) -> ProgramData:
         """Data from the shared features and a final 1 (1, k + 1), and the batched ones (B, l)."""
-        if not differentiable and shared.device.type == "cpu":
+        if shared.device.type == "cpu":
             return self.on_host(shared[0].numpy(), batched.numpy(), batch)
-        apply = SparseMap.differentiable if differentiable else SparseMap.__call__
-        base = apply(self._shared, shared)
-        varying = base if self._constant else apply(self._batched, batched)
+        base = self._shared(shared)
+        varying = base if self._constant else self._batched(batched)
         fields = [base[:, s] + varying[:, s] if v else base[:, s] for s, v in zip(self._slices, self._varies)]
         return ProgramData(*fields, batch=batch)
 

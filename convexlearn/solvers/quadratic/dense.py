@@ -21,7 +21,6 @@ from convexlearn.solvers.base import (
     status_from_residual,
     warn_adjoint,
 )
-from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 CERTIFICATE_TOLERANCE = 1e-6
 REGULARIZATION = 1e-11
@@ -78,11 +77,6 @@ class Dense:
             size = torch.stack([t.abs().amax(1) for t in (*terms, rhs)]).amax(0).clamp(min=1e-300)
             warn_adjoint((terms[0] + terms[1] - terms[2]).abs().amax(1) / size)
         return _data_gradient(solution, x, z, wx, wz)
-
-    def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
-        """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
-        active = solution.private[0] > 0.5
-        return active_set_solution(solution.program, data.expanded().fields(), active)
 
 
 def _data_gradient(solution: Solution, x: Tensor, z: Tensor, wx: Tensor, wz: Tensor) -> ProgramData:

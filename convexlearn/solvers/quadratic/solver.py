@@ -27,7 +27,6 @@ from convexlearn.solvers.base import (
     Options,
     dual_infeasible,
     primal_infeasible,
-    product,
     status_from_residual,
     warn_adjoint,
 )
@@ -41,7 +40,6 @@ from convexlearn.solvers.quadratic.paths import (
     solve_lanes,
     solve_shared,
 )
-from convexlearn.solvers.quadratic.second_order import active_set_solution
 
 PATHS = ("auto", "shared", "lanes", "sparse")
 CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
@@ -133,13 +131,6 @@ class Quadratic:
             tensors = (torch.from_numpy(g).to(solution.data.device) for g in gradients)
             return ProgramData(*tensors, batch=solution.data.batch)
         return ProgramData(*gradients, batch=solution.data.batch)
-
-    def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
-        """x (B, n) and z (B, m) as functions of `data` that autograd differentiates to any order."""
-        slack = solution.data.b - product(solution.program, solution.data.A, solution.x)
-        active = solution.z > slack
-        active[:, : solution.program.cones.zero] = True
-        return active_set_solution(solution.program, data.expanded().fields(), active)
 
 
 def _joined(state: "_State", data: Arrays, point: Pair, up: Pair) -> Adjoint:

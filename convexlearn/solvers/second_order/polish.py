@@ -178,7 +178,7 @@ def polish(w, I, F, rounds):
         factor_weighted(w, I, F)
         worst = refine(w, I, F)
         error = vmax(worst, violation(w, I, F))
-        settled = where_gt(EXACT, error, one, where_gt(error, 0.1 * load(w, F, reg + VIOLATION), one, 0.0))
+        settled = where_gt(EXACT, error, one, where_gt(error, 0.5 * load(w, F, reg + VIOLATION), one, 0.0))
         good = where_gt(CERTIFIED, error, settled, 0.0)
         store(F, reg + VIOLATION, error)
         done = where_gt(good, 0.5, 1.0, load(w, F, reg + DONE))

@@ -13,7 +13,6 @@ from convexlearn.program.program import CPU, SOLVED_RESIDUAL, Cones, Program, Pr
 from convexlearn.solvers.base import ADJOINT_TOLERANCE, Options, warn_adjoint
 from convexlearn.solvers.quadratic.paths import gradients
 from convexlearn.solvers.second_order.certificates import residuals, statuses
-from convexlearn.solvers.second_order.derivatives import face_solution
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,6 @@ class SecondOrder:
         if data.device != CPU:
             return ProgramData(*(torch.from_numpy(g).to(data.device) for g in found), batch=data.batch)
         return ProgramData(*found, batch=data.batch)
-
-    def differentiable(self, solution: Solution, data: ProgramData) -> tuple[Tensor, Tensor]:
-        """x (B, n) and z (B, m) as functions of `data` that autograd differentiates up to three times."""
-        return face_solution(solution.program, data.expanded().fields(), solution.x, solution.z)
 
 
 @dataclass(frozen=True, eq=False)
