@@ -1,5 +1,7 @@
 """Blocks of a batch on a thread pool of our own: results don't depend on the number of threads."""
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +26,17 @@ def block_of(entries: int) -> int:
 def count(batch: int, block: int = BLOCK) -> int:
     """Number of blocks of a batch."""
     return -(-batch // block)
+
+
+def _cpu_reader() -> Callable[[], int]:
+    """A function that tells on which CPU the calling thread runs; -1 where the system doesn't say."""
+    try:
+        return ctypes.PyDLL(None).sched_getcpu
+    except (AttributeError, OSError, TypeError):
+        return lambda: -1
+
+
+_cpu = _cpu_reader()
 
 
 class _Help:
@@ -56,6 +69,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[_Help] = SimpleQueue()
+        self.places: dict[int, int] = {}  # thread -> CPU on which it helped last
         self.size = 0
         self.lock = threading.Lock()
 
@@ -68,9 +82,23 @@ class _Pool:
                     self.size += 1
         self.queue.put(help_)
 
+    def spread(self) -> None:
+        """Move threads off the caller's CPU: after a busy spell Linux may wake them there, though others are idle."""
+        own = _cpu()
+        if own >= 0 and own in self.places.values():
+            others = os.sched_getaffinity(0) - {own}
+            for thread, place in list(self.places.items()):
+                if place == own and others:
+                    self.places[thread] = -1
+                    with contextlib.suppress(OSError):
+                        os.sched_setaffinity(thread, others)
+
     def _serve(self) -> None:
+        own = threading.get_native_id()
         while True:
-            self.queue.get()()
+            help_ = self.queue.get()
+            self.places[own] = _cpu()
+            help_()
 
 
 _pool = _Pool()
@@ -93,6 +121,7 @@ def run(task: Task, batch: int, threads: int | None = None, block: int = BLOCK) 
     ranges = iter([(b * block, min((b + 1) * block, batch), b) for b in range(blocks)])
     others = min(cores() if threads is None else threads, blocks) - 1
     helps = [_Help(task, ranges) for _ in range(others)]
+    _pool.spread()
     for help_ in helps:
         _pool.ask(help_, others)
     try:

@@ -8,7 +8,7 @@ module only when something is to be solved: it imports numba.
 import numpy as np
 
 from convexlearn.program.compiled import entry, helper
-from convexlearn.program.lane_kernels import add_scaled, block_width, inlined
+from convexlearn.program.lane_kernels import LANES, add_eight, add_scaled, block_width, inlined
 
 # numbers of the index lists in reduce.PARTS
 (PIVOT_ROW, PIVOT_COL, PIVOT_ENTRY, POINTER, ENTRY, ENTRY_COL) = range(6)
@@ -35,21 +35,24 @@ def play(ops, scale, P, A, value, first):
 def add_gram(left, right, position, scale, value):
     """Add a substitution.Gram for every sample of value (k, size)."""
     rows, size = left.shape
-    full = (rows + 3) // 4 * 4  # four rows at a time: one load and store of G for four products
-    D, E, G = np.zeros((full, size)), np.zeros((full, size)), np.empty(size)
+    width, full = (size + LANES - 1) // LANES * LANES, (rows + 7) // 8 * 8
+    D, E, G = np.zeros((size, full)), np.zeros((full, width)), np.empty(width)
     for k in range(len(value)):
         for p in range(rows):
             for i in range(size):
-                D[p, i] = scale[p] * value[k, left[p, i]]
+                D[i, p] = scale[p] * value[k, left[p, i]]
                 E[p, i] = value[k, right[p, i]]
         e = 0
         for i in range(size):
-            for j in range(i, size):
-                G[j] = 0.0
-            for p in range(0, full, 4):
-                a, b, c, d = D[p, i], D[p + 1, i], D[p + 2, i], D[p + 3, i]
-                for j in range(i, size):
-                    G[j] += a * E[p, j] + b * E[p + 1, j] + c * E[p + 2, j] + d * E[p + 3, j]
+            first = i // LANES * LANES
+            G[first:] = 0.0
+            for p in range(0, full, 8):
+                scales = (
+                    *(D[i, p], D[i, p + 1], D[i, p + 2], D[i, p + 3]),
+                    *(D[i, p + 4], D[i, p + 5], D[i, p + 6], D[i, p + 7]),
+                )
+                for j in range(first, width, LANES):
+                    add_eight(G, j, scales, E, p * width + j, width)
             for j in range(i, size):
                 value[k, position[e]] += G[j]
                 e += 1
