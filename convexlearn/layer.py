@@ -24,6 +24,7 @@ from convexlearn.layer_arguments import (
 from convexlearn.layer_node import Call, Node, Plan, Solve
 from convexlearn.layer_transforms import outputs, transformed
 from convexlearn.operators import Prepared, Settings
+from convexlearn.program.absent_rows import without_absent_rows
 from convexlearn.program.compiler import Compiled, compile_problem
 from convexlearn.program.data_map import DataMap, SparseMap
 from convexlearn.program.declaration import Declaration, quiet
@@ -121,6 +122,7 @@ class ConvexLayer(nn.Module):
         self._compiled, self._solver = _compile(self._declaration, solver, gp, canon_backend)
         if check:
             self_check(self._compiled, self._declaration, gp, self._solver.native_objective)
+        self._compiled = without_absent_rows(self._compiled)
         self._prepared = Prepared.of(self._compiled, self._solver)
         self._options = read_options(self._solver, self._solver.options(verbose=verbose), solver_args or {})
         self._explicit_limit = is_limited(solver_args or {})

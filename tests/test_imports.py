@@ -21,7 +21,7 @@ program.program
 program.declaration
 program.compiler
 program.structure
-program.self_check program.compiled program.elimination
+program.absent_rows program.self_check program.compiled program.elimination
 program.substitution
 program.classify
 program.lane_kernels

@@ -32,7 +32,7 @@ def self_check(compiled: Compiled, declaration: Declaration, gp: bool, native_ob
     mismatch = [
         _differs(program.A.matrix(ours["A"]) - data["A"]),
         _differs(ours["q"] - data["c"]),
-        _differs(ours["b"] - data["b"]),
+        _differs(np.subtract(ours["b"], data["b"], where=ours["b"] != data["b"], out=np.zeros(program.m))),
     ]
     if P is not None and "P" in data:
         theirs = np.asarray(data["P"].todense())
