@@ -107,9 +107,7 @@ class Pipeline:
         S = np.real(sqrtm(solve_discrete_are(A, B, np.eye(STATES), np.eye(INPUTS))))
         V = torch.eye(STATES, dtype=torch.float64) / 4
         true = cl.simulate.plants.LinearGaussian(torch.tensor(A), torch.tensor(B), V=V, start=V, limit=LIMIT)
-        loop = cl.simulate.ClosedLoop(
-            true, HORIZON, initial=true.initial, noise=true.noise, stage_cost=true.stage_cost
-        )
+        loop = cl.simulate.ClosedLoop(true, HORIZON, initial=true.initial, noise=true.noise, stage_cost=true.stage_cost)
         run = cls(cl.adp(A, B, np.eye(INPUTS), S, limit=LIMIT), loop)
         loop(run.rule, BATCH).cost.sum().backward()
         run.rule.zero_grad()

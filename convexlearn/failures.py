@@ -16,6 +16,7 @@ class Failures:
     masks: list[Tensor] = field(default_factory=list)
     outer: "Failures | None" = None
     causes: list[list[str]] = field(default_factory=list)
+    refused: list[Tensor] = field(default_factory=list)
 
     def add(self, failed: Tensor) -> None:
         """Record a mask `failed` of the batch's shape, here and in the collectors around this one."""
@@ -30,6 +31,14 @@ class Failures:
         if self.outer is not None:
             self.outer.name(causes)
 
+    def refuse(self, failed: Tensor) -> None:
+        """Record samples whose context is no number; their gradient may be none either."""
+        self.add(failed)
+        around: Failures | None = self
+        while around is not None:
+            around.refused.append(failed.detach())
+            around = around.outer
+
     def cause(self, sample: int, batch: int) -> str:
         """The first cause recorded for a sample of the batch; empty where none can be told."""
         for causes in self.causes:
@@ -40,10 +49,10 @@ class Failures:
                     return named[0]
         return ""
 
-    def mask(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """`(batch,)` True where a sample failed at least once; all of them if they cannot be told apart."""
+    def mask(self, batch: int, device: torch.device | str = "cpu", *, refused: bool = False) -> Tensor:
+        """`(batch,)` True where a sample failed (was refused) at least once; all if they cannot be told apart."""
         failed = torch.zeros(batch, dtype=torch.bool, device=device)
-        for mask in self.masks:
+        for mask in self.refused if refused else self.masks:
             flat = mask.to(device).reshape(batch, -1) if batch and mask.numel() % batch == 0 else mask.any()
             failed |= flat.any(-1).to(device)
         return failed

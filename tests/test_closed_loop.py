@@ -291,7 +291,46 @@ def test_all_samples_failed():
 def test_nan_in_the_first_state_fails_there():
     rollout = scalar_loop(lambda z, u, w: u, [float("nan"), 1.0])(Growth(), 2)
     assert rollout.failed.tolist() == [True, False]
-    assert rollout.failed_at[0] == 0
+    assert rollout.explain().startswith("sample 0 failed at step 0: the first state is NaN or infinite; correct")
+
+
+def test_nan_in_the_noise_is_told_from_divergence():
+    """Recorded noise with a gap: the sample is named, the others and their gradient are those of a run without it."""
+    recorded = torch.ones(3, 8, 1, dtype=torch.float64)
+    recorded[1, 4] = torch.nan
+    rule, alone = Growth(), Growth()
+    plant = lambda z, u, w: 0.5 * z + 0.1 * u + w  # noqa: E731
+    rollout = scalar_loop(plant, [1.0, 2.0, 3.0], noise=lambda b, t, g: recorded[:, t])(rule, 3)
+    assert rollout.failed.tolist() == [False, True, False]
+    assert rollout.explain().startswith("sample 1 failed at step 4: the noise is NaN or infinite; correct what noise(")
+    rollout.cost[~rollout.failed].sum().backward()
+    scalar_loop(plant, [1.0, 3.0], noise=lambda b, t, g: recorded[::2, t])(alone, 2).cost.sum().backward()
+    torch.testing.assert_close(rule.a.grad, alone.a.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("features", [None, torch.sqrt])
+def test_a_nan_context_of_a_convex_rule_fails_its_sample_alone(features):
+    """Observed with a gap, or NaN by the features, whose gradient is NaN too."""
+
+    def build():
+        u, x = cp.Variable(1), cp.Parameter(1, name="x")
+        weight = cp.Parameter(name="weight", value=0.5, nonneg=True)
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(u - x) + weight * cp.sum_squares(u)), [u <= 3])
+        return ConvexRule(problem, context=x, decision=u, features=features)
+
+    rule, alone = build(), build()
+    options = {}
+    if features is None:
+        gap = torch.tensor([[False], [True], [False]])
+        options["observe"] = lambda z, t, w: torch.where(gap & (t == 2), torch.nan, z)
+    plant = lambda z, u, w: z + 0.1 * u - torch.where(z == 2.0, 6.0, 0.0)  # noqa: E731
+    rollout = scalar_loop(plant, [1.0, 2.0, 3.0], 4, **options)(rule, 3)
+    assert rollout.failed.tolist() == [False, True, False]
+    step = 1 if features else 2
+    assert rollout.explain().startswith(f"sample 1 failed at step {step}: the context is NaN or infinite; correct")
+    rollout.cost[~rollout.failed].sum().backward()
+    scalar_loop(plant, [1.0, 3.0], 4)(alone, 2).cost.sum().backward()
+    torch.testing.assert_close(rule.free["weight"].grad, alone.free["weight"].grad, rtol=1e-10, atol=0)
 
 
 def test_cost_that_is_not_finite_fails():
@@ -402,3 +441,22 @@ def test_mistakes_are_named():
             loop(rule, 3, generator())
     with pytest.raises(ShapeError, match="the rule's decision must have the batch first"):
         loop_of(PLANT)(lambda x: torch.zeros(m), 3)
+    with pytest.raises(TypeError, match="stage_cost must be a function of tensors, got NoneType"):
+        loop_of(PLANT, stage_cost=None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "error", "where"),
+    [
+        (lambda x: x[:, :3], {}, ShapeError, r"in plant\(z, u, w\) with u \(5, 3\) at step 0; the state is z \(5, 4\)"),
+        (lambda x: x[:, 0, 0], {}, IndexError, "in the rule at step 0"),
+        (linear_rule(), {"noise": lambda b, t: None}, TypeError, r"in noise\(batch, t, generator\) at step 0"),
+        (linear_rule(), {"observe": lambda z: z}, TypeError, r"in observe\(z, t, w\) at step 0"),
+        (linear_rule(), {"stage_cost": lambda z, u: z @ u}, RuntimeError, r"in stage_cost\(z, u\) with u \(5, 2\)"),
+        (linear_rule(), {"observe": lambda z, t, w: z[:, t:]}, ShapeError, "in the rule at step 1"),
+    ],
+)
+def test_an_error_in_a_users_function_says_where(rule, options, error, where):
+    """The error itself is kept; a note names the function, the step and the shapes."""
+    with pytest.raises(error, match=f"ClosedLoop: {where}"):
+        loop_of(PLANT, **options)(rule, 5, generator())

@@ -58,7 +58,7 @@ adjoints
 rules.parameters
 rules.base
 rules.*
-simulate.base
+simulate.base simulate.linear_gaussian
 simulate.*
 simulate
 objectives

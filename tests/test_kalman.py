@@ -211,6 +211,8 @@ def test_mistakes_are_named():
         KalmanFilter(A, B, C)
     with pytest.raises(ShapeError, match=r"x must have 2 entries per time"):
         build()(x[:, :, :1])
+    with pytest.raises(ShapeError, match=rf"x must have shape \(B, T, 2\) with T > 0, got \({T}, 2\)"):
+        build()(x[0])
     with pytest.raises(ShapeError, match="inputs must have shape"):
         build()(x, randn(1, 2, T, m + 1))
     inputs = randn(1, 2, T, m)

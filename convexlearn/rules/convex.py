@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.domains import Domain
-from convexlearn.errors import CompileError, MissingParameterError, OptionError, ShapeError, suggest
+from convexlearn.errors import CompileError, DomainError, MissingParameterError, OptionError, ShapeError, suggest
+from convexlearn.failures import collector
 from convexlearn.layer import ConvexLayer, LayerSolution
 from convexlearn.layer_arguments import as_tensor, result_type
 from convexlearn.program.declaration import value_of
@@ -73,6 +74,7 @@ class ConvexRule(DecisionRule):
             fallback=0.0 if self._rollout else fallback,
         )  # fmt: skip
         self.context_names = tuple(p.name() for p in context)
+        self._dimensions = {p.name(): p.ndim for p in context}
         self.features = features if isinstance(features, nn.Module) or features is None else _Function(features)
         for parameter in parameters:
             if parameter.name() not in self.context_names:
@@ -116,7 +118,11 @@ class ConvexRule(DecisionRule):
         """One decision, warm-started by the memory of the last one."""
         arguments = self._arguments_of(as_tuple(x))
         warm = memory.solution if memory is not None else False
-        result = self.layer.judged(**arguments, warm_start=warm)
+        try:
+            result = self.layer.judged(**arguments, warm_start=warm)
+        except DomainError:
+            arguments = self._mended(arguments)
+            result = self.layer.judged(**arguments, warm_start=warm)
         dtype = result_type([as_tensor(n, arguments[n]) for n in self.context_names])
         decision = tuple(v.to(dtype) for v in result.variables)
         if self._rollout and memory is not None and not bool(result.ok.all()):
@@ -140,6 +146,21 @@ class ConvexRule(DecisionRule):
             )
         named = {name: self.value(name) for name in self._declared}
         return {**dict(zip(self.context_names, values)), **named}
+
+    def _mended(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """In a simulation a context that is no number fails its sample alone, which gets that of a sound one."""
+        active = collector()
+        values = {name: as_tensor(name, arguments[name]) for name in self.context_names}
+        rows = {name: v for name, v in values.items() if v.dim() == self._dimensions[name] + 1}
+        if active is None or not rows:
+            return arguments
+        finite = torch.stack([torch.isfinite(v.detach()).flatten(1).all(1) for v in rows.values()]).all(0)
+        if not bool(finite.any()) or bool(finite.all()):
+            return arguments
+        active.refuse(~finite)
+        own = torch.arange(len(finite), device=finite.device)
+        source = torch.where(finite, own, torch.nonzero(finite)[0])
+        return {**arguments, **{name: v[source] for name, v in rows.items()}}
 
     def problem(self) -> Any:
         """A copy of the CVXPY problem whose parameters have the tuned values; context has none."""

@@ -273,7 +273,7 @@ class KalmanFilter(DecisionRule):
 
     def _sequence(self, x: Tensor, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Observations `(B, T, p)`, inputs `(B, T - 1, m)` or None, and the first prior `(B, n)`; all checked."""
-        if x.ndim < 2 or x.shape[1] == 0:
+        if x.ndim < 2 or x.shape[1] == 0 or (self.features is None and x.ndim != 3):
             raise ShapeError(f"x must have shape (B, T, {len(self.C)}) with T > 0, got {tuple(x.shape)}")
         batch, steps = x.shape[:2]
         y = self._features(x.flatten(0, 1)).reshape(batch, steps, len(self.C))

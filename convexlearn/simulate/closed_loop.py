@@ -22,6 +22,9 @@ REASONS = (
     "the decision is NaN or infinite; check the rule at the recorded context",
     "the state diverged; the rule does not stabilize the plant from there",
     "the cost is NaN or infinite; check stage_cost and terminal_cost",
+    "the first state is NaN or infinite; correct initial, or leave that sample out",
+    "the noise is NaN or infinite; correct what noise(batch, t, generator) gives, for instance recorded data",
+    "the context is NaN or infinite; correct what observe(z, t, w) gives, or the rule's features",
 )
 
 
@@ -111,6 +114,10 @@ class ClosedLoop:
                 "ClosedLoop: initial must be a tensor (n,) or a function (batch, generator) -> z_0 (batch, n), "
                 f"got {type(initial).__name__}"
             )
+        functions = {"plant": plant, "noise": noise, "observe": observe, "stage_cost": stage_cost}
+        for name, function in {**functions, "terminal_cost": terminal_cost}.items():
+            if not callable(function) and (function is not None or name in ("plant", "stage_cost")):
+                raise TypeError(f"ClosedLoop: {name} must be a function of tensors, got {type(function).__name__}")
         self.plant, self.horizon, self.bound = plant, horizon, bound
         self.initial, self.noise, self.observe = initial, noise, observe
         self.stage_cost, self.terminal_cost = stage_cost, terminal_cost
@@ -172,19 +179,31 @@ class _Run:
         self.causes = [""] * batch
         self.restart = _map(lambda part: torch.nan_to_num(part.detach(), nan=0.0, posinf=0.0, neginf=0.0), z)
         self.contexts, self.decisions, self.costs = [], [], []
-        self.states = [self._settle(z, 0)]
-        memory = None
+        self.states = [self._settle(z, 0, 4)]
+        memory, self.doing = None, ""
+
+        def draw(t: int) -> Any:
+            w = loop.draw(batch, t, generator)
+            return zero if w is None else _take(w, source)
+
         for t in range(loop.horizon):
-            w = _take(loop.draw(batch, t, generator), source)
-            memory = self._step(t, rule, memory, zero if w is None else w)
+            try:
+                memory = self._step(t, rule, memory, draw)
+            except Exception as error:
+                error.add_note(f"ClosedLoop: in {self.doing} at step {t}; the state is z {_shapes(self.states[-1])}")
+                raise
         if loop.terminal_cost is not None:
             last = self._cost(loop.terminal_cost, loop.horizon - 1, self.states[-1])
             self.costs[-1] = self.costs[-1] + last
 
-    def _step(self, t: int, rule: DecisionRule, memory: Any, w: Any) -> Any:
+    def _step(self, t: int, rule: DecisionRule, memory: Any, draw: Callable[[int], Any]) -> Any:
         """Observe, decide, pay, move on; returns the rule's memory."""
         loop, z = self.loop, self.states[-1]
+        self.doing = "noise(batch, t, generator)"
+        w = draw(t)
+        self.doing = "observe(z, t, w)"
         x = z if loop.observe is None else loop.observe(z, t, w)
+        self.doing = "the rule"
         if t == 0:
             memory = rule.start(x)
         with collect_failures() as failures:
@@ -192,18 +211,22 @@ class _Run:
         for part in _parts(u, "the rule's decision"):
             _check_batch(part, self.batch, "the rule's decision")
         if failures.masks:
-            lost = failures.mask(self.batch, self.failed.device)
+            lost, refused = (failures.mask(self.batch, self.failed.device, refused=k) for k in (False, True))
             for i in torch.nonzero(lost & ~self.failed).flatten().tolist():
                 self.causes[i] = failures.cause(i, self.batch)
+            self.poisonous = self.poisonous | refused
+            self._mark(refused, t, 6)
             self._mark(lost, t, 0)
         u = self._clean(u, t, 1)
+        self.doing = f"stage_cost(z, u) with u {_shapes(u)}" if t == 0 else "stage_cost(z, u)"
         self.costs.append(self._cost(loop.stage_cost, t, z, u))
+        self.doing = f"plant(z, u, w) with u {_shapes(u)}" if t == 0 else "plant(z, u, w)"
         following = loop.plant(z, u, w)
         if t == 0:
             self._check_state(following, z)
         self.contexts.append(x)
         self.decisions.append(u)
-        self.states.append(self._settle(following, t))
+        self.states.append(self._settle(following, t, 2, w))
         return memory
 
     def rollout(self, again: "_Run | None" = None) -> Rollout:
@@ -222,8 +245,8 @@ class _Run:
         x = _map(lambda part: part[:, :-1], states) if self.loop.observe is None else _stack(self.contexts)
         return x, _stack(self.decisions), states, torch.stack(self.costs, 1)
 
-    def _settle(self, z: Any, t: int) -> Any:
-        """The state, with z_0 in place of rows that diverged."""
+    def _settle(self, z: Any, t: int, reason: int, w: Any = ()) -> Any:
+        """The state, with z_0 in place of rows that diverged, for `reason` or because the noise w is no number."""
         parts = _parts(z, "plant(z, u, w)")
         if not self.batch or all(float(part.detach().abs().amax()) <= self.loop.bound for part in parts):
             return z
@@ -232,7 +255,9 @@ class _Run:
             rows = part.detach().reshape(self.batch, part[:1].numel())
             bad = bad | ~(rows.abs() <= self.loop.bound).all(1)
         self.poisonous = self.poisonous | not_finite(z, self.batch).to(bad.device)
-        self._mark(bad, t, 2)
+        noisy = [part for part in _parts(w, "noise") if part.ndim]
+        self._mark(bad & not_finite(noisy, self.batch).to(bad.device), t, 5)
+        self._mark(bad, t, reason)
         return _where(bad, self.restart, z)
 
     def _clean(self, value: Any, t: int, reason: int) -> Any:
@@ -264,6 +289,11 @@ class _Run:
             raise ShapeError(
                 f"ClosedLoop: plant(z, u, w) must return a state of the shape of z, {shapes[1]}, got {shapes[0]}"
             )
+
+
+def _shapes(value: Any) -> str:
+    shapes = [str(tuple(part.shape)) for part in _parts(value, "a value")]
+    return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
 
 
 def _where(mask: Tensor, a: Any, b: Any) -> Any:

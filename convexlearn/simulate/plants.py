@@ -7,114 +7,29 @@ fixes them `observe(z, t, w)` and `stage_cost(z, u)`. Quantities without a unit 
 
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.errors import OptionError
+from convexlearn.simulate.linear_gaussian import LinearGaussian, Noise, random_linear
+
+__all__ = [
+    "CartPole",
+    "LinearGaussian",
+    "Lorenz",
+    "Noise",
+    "Pendulum",
+    "SupplyChain",
+    "Vehicle",
+    "VehicleNoise",
+    "linearize",
+    "random_linear",
+]
 
 DOUBLE = torch.float64
-
-
-def random_linear(seed: int, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """A `(n, n)` of spectral radius 1 and B `(n, m)`, as numpy's legacy generator draws them from `seed`.
-
-    The LQR instance of Agrawal, Barratt, Boyd, Stellato (Learning convex optimization control policies) is
-    (0, 4, 2), box LQR (1, 8, 2).
-
-    >>> A, B = random_linear(0, 4, 2)
-    >>> round(torch.linalg.eigvals(A).abs().max().item(), 12), B.shape
-    (1.0, torch.Size([4, 2]))
-    """
-    rng = np.random.RandomState(seed)
-    A = rng.randn(n, n)
-    A /= np.abs(np.linalg.eigvals(A)).max()
-    return torch.tensor(A), torch.tensor(rng.randn(n, m))
-
-
-class Noise(NamedTuple):
-    """Process noise `(B, n)` and observation noise `(B, p)` (None without observations)."""
-
-    process: Tensor
-    observation: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class LinearGaussian:
-    """z+ = A z + B u + v, x = C z + w with v ~ N(0, V), w ~ N(0, W) (Eq. 7 of the paper).
-
-    A `(n, n)`, B `(n, m)`, V `(n, n)`; C `(p, n)` and W `(p, p)` for partial observations, else x = z.
-    z_0 ~ N(0, start) with start `(n, n)`, the identity by default. limit: the actuators clip u to
-    [-limit, limit]. Q `(n, n)` and R `(m, m)` weigh the stage cost z'Qz + u'Ru, identity by default.
-
-    >>> plant = LinearGaussian(*random_linear(0, 4, 2), V=0.25 * torch.eye(4).double())
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> z = plant.initial(3, generator)
-    >>> plant(z, torch.zeros(3, 2).double(), plant.noise(3, 0, generator)).shape
-    torch.Size([3, 4])
-    """
-
-    A: Tensor
-    B: Tensor
-    V: Tensor
-    _: KW_ONLY
-    C: Tensor | None = None
-    W: Tensor | None = None
-    start: Tensor | None = None
-    limit: float | None = None
-    Q: Tensor | None = None
-    R: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        n, m = len(self.A), self.B.shape[-1]
-        p = n if self.C is None else len(self.C)
-        wanted = {"A": (n, n), "B": (n, m), "V": (n, n), "C": (p, n), "W": (p, p)}
-        wanted |= {"start": (n, n), "Q": (n, n), "R": (m, m)}
-        for name, shape in wanted.items():
-            matrix = getattr(self, name)
-            if matrix is not None and tuple(matrix.shape) != shape:
-                raise ShapeError(f"LinearGaussian: {name} must have shape {shape}, got {tuple(matrix.shape)}")
-        _ = self._roots  # refuses what is no covariance
-        if self.W is not None and self.C is None:
-            raise OptionError("LinearGaussian: W is observation noise; give C too, for instance the identity")
-
-    def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
-        """z+ `(B, n)` for z `(B, n)`, u `(B, m)`; w is process noise `(B, n)` or Noise."""
-        if self.limit is not None:
-            u = u.clamp(-self.limit, self.limit)
-        following = z @ self.A.to(z.dtype).mT + u @ self.B.to(z.dtype).mT
-        return following + (w if isinstance(w, Tensor) else w[0])
-
-    def observe(self, z: Tensor, t: int, w: Any) -> Tensor:
-        """x `(B, p)`: C z plus observation noise where w is Noise."""
-        x = z if self.C is None else z @ self.C.to(z.dtype).mT
-        return x if isinstance(w, Tensor) or w[1] is None else x + w[1]
-
-    def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
-        """z'Qz + u'Ru `(B,)`."""
-        return _quadratic(z, self.Q) + _quadratic(u, self.R)
-
-    def initial(self, batch: int, generator: torch.Generator) -> Tensor:
-        """z_0 `(batch, n)`."""
-        z = torch.randn(batch, len(self.A), generator=generator, dtype=self.A.dtype)
-        return z if self.start is None else z @ self._roots["start"].mT
-
-    def noise(self, batch: int, t: int, generator: torch.Generator) -> Any:
-        """v `(batch, n)`, or Noise (v, w) where W is given."""
-        v, w = (
-            None if M is None else torch.randn(batch, len(M), generator=generator, dtype=M.dtype) @ M.mT
-            for M in (self._roots["V"], self._roots.get("W"))
-        )
-        return v if w is None else Noise(v, w)  # pyright: ignore[reportArgumentType]
-
-    @cached_property
-    def _roots(self) -> dict[str, Tensor]:
-        given = ((name, getattr(self, name)) for name in ("V", "W", "start"))
-        return {name: _root(name, matrix) for name, matrix in given if matrix is not None}
 
 
 class VehicleNoise(NamedTuple):
@@ -382,18 +297,3 @@ def linearize(plant: Callable[..., Tensor], z: Tensor, u: Tensor) -> tuple[Tenso
 
 def _incidence(ends: tuple[int | None, ...]) -> Tensor:
     return torch.tensor([[float(end == warehouse) for end in ends] for warehouse in range(4)])
-
-
-def _root(name: str, covariance: Tensor) -> Tensor:
-    """M with M M' = covariance, which may be singular."""
-    values, vectors = torch.linalg.eigh(covariance)
-    if float(values[0]) < -1e-8 * float(values.abs().amax()):
-        raise DomainError(
-            f"{name} must be positive semidefinite, but it has the eigenvalue {float(values[0]):.6g}; "
-            "symmetrise it and clip its eigenvalues at zero"
-        )
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def _quadratic(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x.square().sum(-1) if weight is None else ((x @ weight.to(x.dtype)) * x).sum(-1)
