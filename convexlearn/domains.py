@@ -133,6 +133,8 @@ class Domain:
         One bound: softplus; two bounds: sigmoid; PSD: LL' with a softplus diagonal of L; symmetric,
         diagonal and sparse matrices: their independent entries.
         """
+        if self.structure == "full" and self.lower is None and self.upper is None:
+            return free
         if self.structure in ("PSD", "NSD"):
             self._refuse_bounded_psd()
             value = _psd_from_free(free, self.shape)

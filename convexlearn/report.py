@@ -8,6 +8,8 @@ from convexlearn.errors import OptionError, suggest
 
 STYLES = ("plain", "markdown")
 
+TINY = 1e-6  # smaller numbers are written with an exponent
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -19,9 +21,11 @@ class Estimate:
     def text(self, digits: int = 3) -> str:
         """The mean with as many decimals as make `digits` digits of the larger of mean and error.
 
-        >>> Estimate(27.9183, 1.502).text(4), Estimate(0.00213, 0.0004).text(3)
-        ('27.92 ± 1.50', '0.00213 ± 0.00040')
+        >>> Estimate(27.9183, 1.502).text(4), Estimate(0.00213, 0.0004).text(3), Estimate(2.4e-33, 3e-34).text(2)
+        ('27.92 ± 1.50', '0.00213 ± 0.00040', '2.4e-33 ± 3.0e-34')
         """
+        if 0 < max(abs(self.mean), abs(self.standard_error)) < TINY:
+            return f"{self.mean:.{digits - 1}e} ± {self.standard_error:.{digits - 1}e}"
         decimals = _decimals(max(abs(self.mean), abs(self.standard_error)), digits)
         return f"{self.mean:.{decimals}f} ± {self.standard_error:.{decimals}f}"
 

@@ -17,7 +17,7 @@ from convexlearn.solvers.base import Solver
 
 
 class Memory(NamedTuple):
-    """What a ConvexRule keeps between the steps of a rollout: the last solution and the last decision."""
+    """What a ConvexRule keeps between the steps of a rollout: the last solution, its variables left out, and decision."""
 
     solution: LayerSolution
     decision: tuple[Tensor, ...]
@@ -119,10 +119,10 @@ class ConvexRule(DecisionRule):
         arguments = self._arguments_of(as_tuple(x))
         warm = memory.solution if memory is not None else False
         try:
-            result = self.layer.judged(**arguments, warm_start=warm)
+            result = self._judged(arguments, warm)
         except DomainError:
             arguments = self._mended(arguments)
-            result = self.layer.judged(**arguments, warm_start=warm)
+            result = self._judged(arguments, warm)
         dtype = result_type([as_tensor(n, arguments[n]) for n in self.context_names])
         decision = tuple(v.to(dtype) for v in result.variables)
         if self._rollout and memory is not None and not bool(result.ok.all()):
@@ -134,7 +134,11 @@ class ConvexRule(DecisionRule):
                 )
                 for new, old in zip(decision, memory.decision)
             )
-        return decision[0] if self._single else decision, Memory(result.detach(), decision)
+        kept = LayerSolution((), result.solution, result.batch, result.limited)  # no graph
+        return decision[0] if self._single else decision, Memory(kept, decision)
+
+    def _judged(self, arguments: dict[str, Any], warm: LayerSolution | bool) -> LayerSolution:
+        return self.layer.judged(*[arguments[name] for name in self.layer.parameter_names], warm_start=warm)
 
     def _arguments_of(self, x: tuple) -> dict[str, Any]:
         """Parameter values by name: context (through `features`) and declared parameters."""
