@@ -10,9 +10,15 @@ from convexlearn.rules.neural import NeuralRule
 
 
 def gentle_network(
-    inputs: int, outputs: int, *, hidden: Sequence[int], seed: int, bias: float = 0.0, scale: float = 0.1
+    inputs: int,
+    outputs: int,
+    *,
+    hidden: Sequence[int] = (64, 64),
+    seed: int,
+    bias: float | None = 0.0,
+    scale: float = 0.1,
 ) -> NeuralRule:
-    """A multilayer perceptron whose last layer has `scale` times the usual weights and all biases `bias`.
+    """A multilayer perceptron whose last layer has `scale` times the usual weights and biases `bias` (None: usual).
 
     With weights of the usual size the first decisions throw an unstable plant so far off that nothing is learned.
     """
@@ -20,5 +26,6 @@ def gentle_network(
     last: Any = network[-1]
     with torch.no_grad():
         last.weight.mul_(scale)
-        last.bias.fill_(bias)
+        if bias is not None:
+            last.bias.fill_(bias)
     return NeuralRule(network)

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError
-from convexlearn.objectives import cost
 from convexlearn.problems import spectrum
+from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
 from convexlearn.riccati import dare, lqr_gain
 from convexlearn.rules.affine import AffineRule
@@ -24,20 +23,11 @@ NOISE = 0.25
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
-    true A for the measure `mismatched`; instance: seed of (A, B), 1 as published; plan: horizon of MPC.
-    """
+class Setting(spectrum.Setting):
+    """Options of every spectrum, and instance: seed of (A, B), 1 as published; plan: horizon of MPC."""
 
-    horizon: int = 100
-    rollouts: int = 256
-    mismatch: float = 0.1
     instance: int = 1
     plan: int = 3
-
-    def __post_init__(self) -> None:
-        if self.horizon < 1 or self.rollouts < 2 or self.plan < 1:
-            raise OptionError("horizon and plan must be at least 1, rollouts at least 2")
 
 
 def plant(instance: int = 1) -> LinearGaussian:
@@ -85,7 +75,6 @@ def build(seed: int, setting: Setting) -> Study:
     A, B, Q, R = model(setting.instance)
     true = plant(setting.instance)
     train = spectrum.loop(true, setting.horizon)
-    other = spectrum.loop(spectrum.departed(true, setting.mismatch), setting.horizon)
     P, K = dare(A, B, Q, R), lqr_gain(A, B, Q, R)
     start = {"R": R, "S": root(P), "limit": LIMIT}
     tuned = adp(A, B, **start)
@@ -105,13 +94,11 @@ def build(seed: int, setting: Setting) -> Study:
         "affine": Contender(spectrum.Limited(AffineRule(0.0 * K, zero), LIMIT), fits["affine"]),
         "tree": Contender(TreeRule(levels(), STATES, depth=3, seed=seed), fits["tree"]),
         "network": Contender(
-            spectrum.Limited(spectrum.network(STATES, INPUTS, seed), LIMIT),
+            spectrum.Limited(gentle_network(STATES, INPUTS, seed=seed, bias=None), LIMIT),
             fits["network"],
         ),
     }
-    measures = {"cost": cost, "mismatched": cost}
-    problem, shifted = tuned.problem(), {"mismatched": other}
-    return Study(problem, contenders, train, measures, samples=setting.rollouts, simulators=shifted)
+    return spectrum.study(tuned.problem(), contenders, true, setting)
 
 
 def misses(result: Result) -> list[str]:

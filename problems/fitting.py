@@ -1,6 +1,6 @@
 """Ways to fit a contender: gradient descent through the simulation, or a grid searched by evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from convexlearn.evaluate import evaluate
 from convexlearn.objectives import Objective
-from convexlearn.problems.catalogue import Budget
+from convexlearn.problems.catalogue import Budget, Result
+from convexlearn.report import new_axes, plot_history
 from convexlearn.tune import History, tune
 
 
@@ -27,29 +28,35 @@ class Grid:
 
 
 def gradient(
-    train: Any, objective: Objective, *, steps: int, learning_rate: float, validation: Any = None, **options: Any
+    train: Any, objective: Objective, *, steps: int, learning_rate: float | Mapping[str, float], **options: Any
 ) -> Callable[[Any, Budget], History]:
-    """Fit by `tune` with a learning rate that falls to zero along half a cosine; `options` as in `tune`."""
+    """Fit by `tune`, learning rates falling to zero along half a cosine; `options` as there."""
 
     def fit(rule: Any, budget: Budget) -> History:
         total = budget.limit(steps)
 
-        def rate(step: int) -> float:
-            return learning_rate * 0.5 * (1 + np.cos(np.pi * min(1.0, step / total)))
+        def falling(rate: float) -> Callable[[int], float]:
+            return lambda step: rate * 0.5 * (1 + np.cos(np.pi * min(1.0, step / total)))
 
-        return tune(
-            rule,
-            train,
-            objective,
-            steps=total,
-            learning_rate=rate,
-            validation=validation,
-            seed=budget.seed,
-            progress=budget.progress,
-            **options,
-        )
+        named = isinstance(learning_rate, Mapping)
+        rates: Any = {k: falling(v) for k, v in learning_rate.items()} if named else falling(learning_rate)
+        given = {"steps": total, "learning_rate": rates, "seed": budget.seed, "progress": budget.progress}
+        return tune(rule, train, objective, **given, **options)
 
     return fit
+
+
+def histories(result: Result, published: Sequence[str] = ()) -> dict[str, Any]:
+    """Axes "history", the losses of the rules that were tuned, and "published", these columns of a published run."""
+    axes = {}
+    if "published" in result.traces and published:
+        axes["published"] = plot_history(result.traces["published"], published)
+    tuned = {name: trace for name, trace in result.traces.items() if isinstance(trace, History)}
+    if tuned:
+        axes["history"] = ax = new_axes()
+        for name, history in tuned.items():
+            plot_history(history, ["loss"], ax, name)
+    return axes
 
 
 def grid(

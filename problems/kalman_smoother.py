@@ -12,8 +12,9 @@ from convexlearn.errors import OptionError
 from convexlearn.objectives import known_squared_error
 from convexlearn.optimizers import ProximalGradient, ProximalTerm
 from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
+from convexlearn.problems.fitting import histories
 from convexlearn.randomness import make_generator
-from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.report import new_axes, plot_records
 from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.simulate.pairs import Pairs
 from convexlearn.tune import History, tune
@@ -164,12 +165,7 @@ def misses(result: Result) -> list[str]:
 def figures(result: Result) -> dict[str, Any]:
     """Errors, the fit's loss, and one track."""
     drawn = {"errors": plot_records(result.records, "squared_error"), "track": _plot_track(result)}
-    histories = {name: trace for name, trace in result.traces.items() if isinstance(trace, History)}
-    if histories:
-        drawn["history"] = ax = new_axes()
-        for name, history in histories.items():
-            plot_history(history, ["loss"], ax=ax, label=name)
-    return drawn
+    return drawn | histories(result)
 
 
 def _plot_track(result: Result) -> Any:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.errors import OptionError
-from convexlearn.objectives import cost
 from convexlearn.problems import lqr, spectrum
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
 from convexlearn.riccati import kalman_recursion, lqr_recursion
@@ -24,22 +23,17 @@ UNITS = 16
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
-    true A for the measure `mismatched`; noise: true variance W of each observation; wrong: factor by which the
-    start value of W is off; instance: seed of (A, B).
-    """
+class Setting(lqr.Setting):
+    """Options of `lqr`, and noise: true variance W of each observation; wrong: factor by which W starts off."""
 
-    horizon: int = 100
     rollouts: int = 500
-    mismatch: float = 0.1
     noise: float = 0.1
     wrong: float = 10.0
-    instance: int = 0
 
     def __post_init__(self) -> None:
-        if self.horizon < 1 or self.rollouts < 2 or not (self.noise > 0 and self.wrong > 0):
-            raise OptionError("horizon must be at least 1, rollouts at least 2, noise and wrong positive")
+        super().__post_init__()
+        if not (self.noise > 0 and self.wrong > 0):
+            raise OptionError("noise and wrong must be positive")
 
 
 class Recurrent(DecisionRule):
@@ -107,7 +101,6 @@ def build(seed: int, setting: Setting) -> Study:
     """The rules at their start values, the plant and one that differs from it."""
     true = plant(setting)
     train = spectrum.loop(true, setting.horizon)
-    other = spectrum.loop(spectrum.departed(true, setting.mismatch), setting.horizon)
     affine = AffineRule(torch.zeros(INPUTS, SEEN, dtype=torch.float64))
     fits = {
         "LQG": spectrum.descend(train, steps=60, learning_rate=0.2, batch_size=6),
@@ -123,15 +116,7 @@ def build(seed: int, setting: Setting) -> Study:
         "tree": Contender(TreeRule(lqr.levels(lqr.LEVEL), SEEN, depth=3, seed=seed), fits["tree"]),
         "network": Contender(Recurrent(seed), fits["network"]),
     }
-    return Study(
-        declare(setting),
-        contenders,
-        train,
-        {"cost": cost, "mismatched": cost},
-        bounds={"cost": optimum(setting)},
-        samples=setting.rollouts,
-        simulators={"mismatched": other},
-    )
+    return spectrum.study(declare(setting), contenders, true, setting, cost=optimum(setting))
 
 
 def misses(result: Result) -> list[str]:

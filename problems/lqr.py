@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError
-from convexlearn.objectives import cost
 from convexlearn.problems import spectrum
+from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
 from convexlearn.riccati import lqr_recursion
 from convexlearn.rules.affine import AffineRule
@@ -26,19 +25,10 @@ LEVEL = 0.6
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
-    true A for the measure `mismatched`; instance: seed of (A, B), 0 as published.
-    """
+class Setting(spectrum.Setting):
+    """Options of every spectrum, and instance: seed of (A, B), 0 as published."""
 
-    horizon: int = 100
-    rollouts: int = 256
-    mismatch: float = 0.1
     instance: int = 0
-
-    def __post_init__(self) -> None:
-        if self.horizon < 1 or self.rollouts < 2:
-            raise OptionError("horizon must be at least 1, rollouts at least 2")
 
 
 def plant(instance: int = 0) -> LinearGaussian:
@@ -72,7 +62,6 @@ def build(seed: int, setting: Setting) -> Study:
     A, B, Q, R = model(setting.instance)
     true = plant(setting.instance)
     train = spectrum.loop(true, setting.horizon)
-    other = spectrum.loop(spectrum.departed(true, setting.mismatch), setting.horizon)
     tuned, zero = adp(A, B, R, Q), torch.zeros(INPUTS, dtype=A.dtype)
     fits = {
         "ADP": spectrum.descend(train, steps=50, learning_rate=0.5, batch_size=6, optimizer=torch.optim.SGD),
@@ -86,17 +75,9 @@ def build(seed: int, setting: Setting) -> Study:
         "tuned ADP": Contender(tuned, fits["ADP"]),
         "affine": Contender(AffineRule(0.0 * B.mT @ A, zero), fits["affine"]),
         "tree": Contender(TreeRule(levels(LEVEL), STATES, depth=3, seed=seed), fits["tree"]),
-        "network": Contender(spectrum.network(STATES, INPUTS, seed), fits["network"]),
+        "network": Contender(gentle_network(STATES, INPUTS, seed=seed, bias=None), fits["network"]),
     }
-    return Study(
-        tuned.problem(),
-        contenders,
-        train,
-        {"cost": cost, "mismatched": cost},
-        bounds={"cost": optimum(setting.instance, setting.horizon)},
-        samples=setting.rollouts,
-        simulators={"mismatched": other},
-    )
+    return spectrum.study(tuned.problem(), contenders, true, setting, cost=optimum(setting.instance, setting.horizon))
 
 
 def misses(result: Result) -> list[str]:

@@ -13,8 +13,9 @@ from convexlearn.errors import OptionError
 from convexlearn.layer import ConvexLayer
 from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
+from convexlearn.problems.fitting import gradient, histories
 from convexlearn.problems.prices import ASSETS, monthly
-from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.report import new_axes, plot_records
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.convex import ConvexRule
 from convexlearn.simulate.backtest import Backtest, Holdings, Portfolio, growth
@@ -191,23 +192,6 @@ def published_recipe(market: Market) -> Callable[[nn.Module, Budget], History]:
     return fit
 
 
-def adam(market: Market, steps: int, rates: dict[str, float]) -> Callable[[nn.Module, Budget], History]:
-    """Adam, batch 64, a learning rate per parameter, each falling to zero along half a cosine."""
-
-    def fit(rule: nn.Module, budget: Budget) -> History:
-        total = budget.limit(steps)
-
-        def schedule(rate: float) -> Callable[[int], float]:
-            return lambda k: rate * 0.5 * (1 + np.cos(np.pi * k / total))
-
-        return tune(
-            rule, market, utility, steps=total, learning_rate={name: schedule(rate) for name, rate in rates.items()},
-            batch_size=64, seed=budget.seed, progress=budget.progress,
-        )  # fmt: skip
-
-    return fit
-
-
 def build(seed: int, setting: Setting) -> Study:
     """Fit the log-normal model to the first months and set up the rules; the back-test has the other months."""
     prices = monthly().prices
@@ -229,14 +213,18 @@ def build(seed: int, setting: Setting) -> Study:
     convex[0].rule.freeze()
     problem = convex[0].rule.problem()
     rates = {"rule.mu": 3e-3, "rule.S": 1e-2, "rule.root_gamma": 0.1}
+
+    def adam(steps: int, learning_rate: Any) -> Callable[[Any, Budget], History]:
+        return gradient(market, utility, steps=steps, learning_rate=learning_rate, batch_size=64)
+
     contenders = {
         "equal, held": Contender(Hold()),
         "equal, rebalanced": Contender(Target(equal.freeze(), setting)),
         "untuned": Contender(convex[0]),
         "published recipe": Contender(convex[1], published_recipe(market)),
-        "tuned": Contender(convex[2], adam(market, 150, rates)),
-        "affine": Contender(Target(affine, setting), adam(market, 300, {"rule": 1e-2})),
-        "network": Contender(Target(network, setting), adam(market, 300, {"rule": 3e-3})),
+        "tuned": Contender(convex[2], adam(150, rates)),
+        "affine": Contender(Target(affine, setting), adam(300, 1e-2)),
+        "network": Contender(Target(network, setting), adam(300, 3e-3)),
     }
     measures = {"back-test utility": utility, "back-test growth": yearly_growth, "simulated utility": utility}
     return Study(
@@ -266,11 +254,7 @@ def figures(result: Result) -> dict[str, Any]:
         ax.plot(ASSETS, holdings(result.rules[name]).numpy(), "o-", label=name)
     ax.set_ylabel("weight at the start")
     ax.legend()
-    if result.traces:
-        axes["history"] = ax = new_axes()
-        for name, history in result.traces.items():
-            plot_history(history, ["loss"], ax, name)
-    return axes
+    return axes | histories(result)
 
 
 def _plot_wealth(result: Result) -> Any:

@@ -13,8 +13,8 @@ from convexlearn.errors import OptionError
 from convexlearn.networks import mlp
 from convexlearn.objectives import mean_squared_error
 from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
-from convexlearn.problems.fitting import gradient
-from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.problems.fitting import gradient, histories
+from convexlearn.report import new_axes, plot_records
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.convex import ConvexRule
 from convexlearn.rules.neural import NeuralRule
@@ -199,14 +199,7 @@ def figures(result: Result) -> dict[str, Any]:
         ax.plot(weights.numpy(), style, label=name)  # pyright: ignore
     ax.set(xlabel="entry of the state", ylabel="weight")
     ax.legend()
-    if "published" in result.traces:
-        axes["published"] = plot_history(result.traces["published"], ["validation", "truth"])
-    trained = {name: result.traces[name] for name in ("tuned", "affine", "network") if name in result.traces}
-    if trained:
-        axes["history"] = ax = new_axes()
-        for name, history in trained.items():
-            plot_history(history, ["loss"], ax, name)
-    return axes
+    return axes | histories(result, ["validation", "truth"])
 
 
 ENTRY = ProblemEntry(

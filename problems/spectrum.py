@@ -1,23 +1,22 @@
 """The spectrum of rules on one control problem: fits that count rollouts, a plant that differs, tables and figures."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cvxpy as cp
 import torch
 from torch import Tensor, nn
 
+from convexlearn.errors import OptionError
 from convexlearn.evaluate import evaluate
-from convexlearn.networks import mlp
 from convexlearn.objectives import cost
-from convexlearn.problems.catalogue import Budget, Result
+from convexlearn.problems.catalogue import Budget, Contender, Result, Study
+from convexlearn.problems.fitting import gradient
 from convexlearn.report import format_table, new_axes, plot_records
-from convexlearn.rules.neural import NeuralRule
 from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.closed_loop import ClosedLoop
 from convexlearn.simulate.plants import LinearGaussian
-from convexlearn.tune import tune
 
 WATCHED = 128
 """Rollouts on which the cost is judged while a rule is fitted; the same ones for all rules and steps."""
@@ -27,6 +26,21 @@ CLOSE = 0.01
 
 
 _TITLE = f"cost ({WATCHED} rollouts, the same for all) after so many training rollouts, and when it has arrived"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
+    true A for the measure `mismatched`.
+    """
+
+    horizon: int = 100
+    rollouts: int = 256
+    mismatch: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1 or self.rollouts < 2:
+            raise OptionError("horizon must be at least 1, rollouts at least 2")
 
 
 @dataclass(frozen=True)
@@ -55,14 +69,6 @@ class Limited(nn.Module):
         return self.rule(*x).clamp(-self.limit, self.limit)
 
 
-def network(inputs: int, outputs: int, seed: int) -> NeuralRule:
-    """Two hidden layers of 64 units whose first decisions are small, so that they do not destabilize the plant."""
-    layers = mlp(inputs, outputs, seed=seed)
-    with torch.no_grad():
-        layers[-1].weight.mul_(0.1)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return NeuralRule(layers)
-
-
 def loop(plant: LinearGaussian, horizon: int) -> ClosedLoop:
     """The closed loop around a linear plant."""
     return ClosedLoop(
@@ -82,6 +88,22 @@ def departed(plant: LinearGaussian, size: float) -> LinearGaussian:
     changed = A + size * torch.linalg.norm(A) * change / torch.linalg.norm(change)
     radius, before = (torch.linalg.eigvals(M).abs().max() for M in (changed, A))
     return replace(plant, A=changed * before / radius)
+
+
+def study(
+    problem: cp.Problem, contenders: dict[str, Contender], true: LinearGaussian, setting: Setting, **bounds: float
+) -> Study:
+    """The contenders, judged on the true plant and on one whose A has departed from it."""
+    other = loop(departed(true, setting.mismatch), setting.horizon)
+    return Study(
+        problem,
+        contenders,
+        loop(true, setting.horizon),
+        {"cost": cost, "mismatched": cost},
+        bounds=bounds,
+        samples=setting.rollouts,
+        simulators={"mismatched": other},
+    )
 
 
 def descend(
@@ -106,19 +128,8 @@ def descend(
                     part.anneal(factor)
 
         _look(rule, train, curve, 0, budget.seed)
-        tune(
-            rule,
-            train,
-            cost,
-            steps=total,
-            learning_rate=lambda step: learning_rate * 0.5 * (1 + math.cos(math.pi * step / total)),
-            batch_size=batch_size,
-            seed=budget.seed,
-            progress=budget.progress,
-            callback=watch,
-            validation=train,
-            **options,
-        )
+        given = {"learning_rate": learning_rate, "batch_size": batch_size, "validation": train, "callback": watch}
+        gradient(train, cost, steps=steps, **given, **options)(rule, budget)
         _look(rule, train, curve, total * batch_size, budget.seed)
         return curve
 

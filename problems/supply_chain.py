@@ -12,8 +12,8 @@ from convexlearn.objectives import cost
 from convexlearn.problems import published
 from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
-from convexlearn.problems.fitting import gradient
-from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.problems.fitting import gradient, histories
+from convexlearn.report import new_axes, plot_records
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.convex import ConvexRule
 from convexlearn.simulate.base import Trajectory
@@ -156,14 +156,7 @@ def misses(result: Result) -> list[str]:
 def figures(result: Result) -> dict[str, Any]:
     """Costs of the rules, the published run, the tuning histories, and the stock over time."""
     axes = {"costs": plot_records(result.records, "cost"), "stock": _plot_stock(result)}
-    trained = {name: result.traces[name] for name in ("tuned", "affine", "network") if name in result.traces}
-    if "published" in result.traces:
-        axes["published"] = plot_history(result.traces["published"], ["test loss"])
-    if trained:
-        axes["history"] = ax = new_axes()
-        for name, history in trained.items():
-            plot_history(history, ["loss"], ax, name)
-    return axes
+    return axes | histories(result, ["test loss"])
 
 
 def _plot_stock(result: Result) -> Any:

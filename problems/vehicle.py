@@ -12,8 +12,8 @@ from convexlearn.objectives import cost
 from convexlearn.problems import published
 from convexlearn.problems.baselines import gentle_network
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
-from convexlearn.problems.fitting import gradient
-from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.problems.fitting import gradient, histories
+from convexlearn.report import new_axes, plot_records
 from convexlearn.riccati import dare, lqr_gain
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.convex import ConvexRule
@@ -155,14 +155,9 @@ def misses(result: Result) -> list[str]:
 def figures(result: Result) -> dict[str, Any]:
     """Costs of the rules, the published run, the tuning histories, and one drive."""
     axes = {"costs": plot_records(result.records, "median cost"), "drive": _plot_drive(result)}
-    trained = {name: result.traces[name] for name in ("tuned", "affine", "network") if name in result.traces}
-    if "published" in result.traces:
-        axes["published"] = plot_history(result.traces["published"], ["test loss"])
-    if trained:
-        axes["history"] = ax = new_axes()
-        for name, history in trained.items():
-            plot_history(history, ["loss"], ax, name)
-        ax.set_ylabel("log of the cost")
+    axes |= histories(result, ["test loss"])
+    if "history" in axes:
+        axes["history"].set_ylabel("log of the cost")
     return axes
 
 

@@ -17,7 +17,7 @@ from convexlearn.solvers.base import Solver
 
 
 class Memory(NamedTuple):
-    """What a ConvexRule keeps between the steps of a rollout: the last solution, its variables left out, and decision."""
+    """What a ConvexRule keeps between the steps of a rollout: the last solution, without variables, and decision."""
 
     solution: LayerSolution
     decision: tuple[Tensor, ...]
