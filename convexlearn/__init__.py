@@ -21,6 +21,7 @@ from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
 from convexlearn.rules.neural import NeuralRule
+from convexlearn.rules.output_feedback import OutputFeedback
 from convexlearn.rules.parameters import Role
 from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
@@ -50,6 +51,7 @@ __all__ = [
     "KalmanSmoother",
     "LayerSolution",
     "NeuralRule",
+    "OutputFeedback",
     "PrimalDual",
     "ProximalGradient",
     "ProximalTerm",
