@@ -38,8 +38,11 @@ def gradient(
         def falling(rate: float) -> Callable[[int], float]:
             return lambda step: rate * 0.5 * (1 + np.cos(np.pi * min(1.0, step / total)))
 
-        named = isinstance(learning_rate, Mapping)
-        rates: Any = {k: falling(v) for k, v in learning_rate.items()} if named else falling(learning_rate)
+        rates: Any
+        if isinstance(learning_rate, Mapping):
+            rates = {name: falling(rate) for name, rate in learning_rate.items()}
+        else:
+            rates = falling(learning_rate)
         given = {"steps": total, "learning_rate": rates, "seed": budget.seed, "progress": budget.progress}
         return tune(rule, train, objective, **given, **options)
 
