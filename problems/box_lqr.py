@@ -24,7 +24,9 @@ NOISE = 0.25
 
 @dataclass(frozen=True)
 class Setting(spectrum.Setting):
-    """Options of every spectrum, and instance: seed of (A, B), 1 as published; plan: horizon of MPC."""
+    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
+    true A for the measure `mismatched`; instance: seed of (A, B), 1 as published; plan: horizon of MPC.
+    """
 
     instance: int = 1
     plan: int = 3

@@ -24,7 +24,10 @@ UNITS = 16
 
 @dataclass(frozen=True)
 class Setting(lqr.Setting):
-    """Options of `lqr`, and noise: true variance W of each observation; wrong: factor by which W starts off."""
+    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
+    true A for the measure `mismatched`; instance: seed of (A, B); noise: true variance W of each
+    observation; wrong: factor by which the start value of W is off.
+    """
 
     rollouts: int = 500
     noise: float = 0.1

@@ -26,7 +26,9 @@ LEVEL = 0.6
 
 @dataclass(frozen=True)
 class Setting(spectrum.Setting):
-    """Options of every spectrum, and instance: seed of (A, B), 0 as published."""
+    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
+    true A for the measure `mismatched`; instance: seed of (A, B), 0 as published.
+    """
 
     instance: int = 0
 

@@ -30,9 +30,7 @@ _TITLE = f"cost ({WATCHED} rollouts, the same for all) after so many training ro
 
 @dataclass(frozen=True)
 class Setting:
-    """Options. horizon: steps of a rollout; rollouts: how many judge a rule; mismatch: relative change of the
-    true A for the measure `mismatched`.
-    """
+    """What the studies have in common: steps of a rollout, how many judge a rule, relative change of the true A."""
 
     horizon: int = 100
     rollouts: int = 256
