@@ -122,9 +122,9 @@ def descend(train: Pairs, steps: int, rate: float) -> Callable[[Any, Budget], Hi
 
 def classify(train: Pairs, epochs: int = 20, batch_size: int = 100) -> Callable[[Any, Budget], History]:
     """Fit the network of a learned factor graph as a classifier of states by cross-entropy, as published."""
-    states = TRELLIS.states(train.s)  # (B, C, T - memory + 1)
-    x = train.x[..., TRELLIS.memory - 1 :]
-    pairs = Pairs(*(part.transpose(1, 2).flatten(0, 1)[..., None] for part in (x.float(), states)))
+    x, labels = torch.as_tensor(train.x).float(), torch.as_tensor(train.s)
+    known = x[..., TRELLIS.memory - 1 :], TRELLIS.states(labels)  # (B, C, T - memory + 1)
+    pairs = Pairs(*(part.transpose(1, 2).flatten(0, 1)[..., None] for part in known))
 
     def fit(rule: Any, budget: Budget) -> History:
         total = budget.limit(epochs * (len(pairs) // batch_size))
