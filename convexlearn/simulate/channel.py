@@ -87,8 +87,8 @@ class Channel:
 def decaying_taps(memory: int, decays: Sequence[float] | Tensor) -> Tensor:
     """h_l = exp(-gamma l), l = 0, ..., memory - 1, for each gamma of `decays` `(k,)`: taps `(k, memory)`, float64.
 
-    >>> decaying_taps(2, [math.log(2.0)])
-    tensor([[1.0000, 0.5000]], dtype=torch.float64)
+    >>> decaying_taps(3, [0.5])
+    tensor([[1.0000, 0.6065, 0.3679]], dtype=torch.float64)
     """
     gamma = torch.as_tensor(decays, dtype=torch.float64)
     return torch.exp(-gamma[..., None] * torch.arange(memory))
