@@ -1,6 +1,7 @@
 """convexlearn: decision rules tuned from data."""
 
 from convexlearn import errors, networks, objectives, simulate
+from convexlearn.chain import ChainFactors
 from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
@@ -16,6 +17,7 @@ from convexlearn.program.program import Status
 from convexlearn.riccati import dare, dlyap, lqr_gain
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
+from convexlearn.rules.channel_factors import ChannelFactor, LearnedFactor, Trellis
 from convexlearn.rules.convex import ConvexRule
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
@@ -25,6 +27,7 @@ from convexlearn.rules.output_feedback import OutputFeedback
 from convexlearn.rules.parameters import Role
 from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
+from convexlearn.rules.sum_product import SumProduct
 from convexlearn.rules.tree import TreeRule
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.splitting import Split, split
@@ -39,6 +42,8 @@ __all__ = [
     "LQG",
     "LQR",
     "AffineRule",
+    "ChainFactors",
+    "ChannelFactor",
     "Converged",
     "ConvexLayer",
     "ConvexRule",
@@ -50,6 +55,7 @@ __all__ = [
     "KalmanFilter",
     "KalmanSmoother",
     "LayerSolution",
+    "LearnedFactor",
     "NeuralRule",
     "OutputFeedback",
     "PrimalDual",
@@ -60,8 +66,10 @@ __all__ = [
     "Simulator",
     "Split",
     "Status",
+    "SumProduct",
     "Trajectory",
     "TreeRule",
+    "Trellis",
     "Unfolded",
     "adp",
     "as_rule",

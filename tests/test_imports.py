@@ -51,7 +51,9 @@ terms
 split_instance
 splitting
 riccati block_tridiagonal
-networks
+chain_kernels
+chain
+networks stacked_networks
 iterations.base
 iterations.*
 adjoints

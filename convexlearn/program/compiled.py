@@ -59,7 +59,7 @@ class _Announcement(event.Listener):
         function = event.data["dispatcher"].py_func
         if not self.said and function.__module__.startswith("convexlearn."):
             self.said = True
-            log.warning("compiling the quadratic solver; this takes half a minute, once per machine and version")
+            log.warning("compiling kernels; this takes up to half a minute, once per machine and version")
 
     def on_end(self, event: Any) -> None:
         """Nothing to say."""
