@@ -19,7 +19,7 @@ from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Refe
 from convexlearn.problems.fitting import grid
 from convexlearn.prox import soft_threshold
 from convexlearn.randomness import make_generator
-from convexlearn.report import new_axes, plot_records
+from convexlearn.report import format_table, new_axes, plot_records
 from convexlearn.rules.base import as_rule
 from convexlearn.rules.iterative import Unfolded
 from convexlearn.simulate.base import Trajectory
@@ -220,14 +220,30 @@ def misses(result: Result) -> list[str]:
     return [f"{name} reaches {found[name]:.1f} dB, above {aim}" for name, aim in AIMS.items() if found[name] > aim]
 
 
-def figures(result: Result) -> dict[str, Any]:
-    """Ratio at the end, and after each layer (as Fig. 6d)."""
-    ax, test = new_axes(), result.study.test
-    power = test.s.square().sum()
+def layer_decibels(result: Result) -> dict[str, np.ndarray]:
+    """Ratio in dB after 0, ..., K layers or iterations, by rule."""
+    test, found = result.study.test, {}
     for name, rule in result.rules.items():
         with torch.no_grad():
             errors = (rule.iterates(test.x) - test.s).square().sum((1, 2))  # pyright: ignore
-        ax.plot(10 * np.log10((errors / power).numpy()), marker=".", label=name)
+        found[name] = 10 * np.log10((errors / test.s.square().sum()).clamp(min=1e-30).numpy())
+    return found
+
+
+def tables(result: Result) -> dict[str, str]:
+    """Ratio in dB after each quarter of the layers."""
+    curves = layer_decibels(result)
+    K = len(next(iter(curves.values()))) - 1
+    shown = sorted({max(1, round(K * part / 4)) for part in range(1, 5)})
+    rows = [[name, *(f"{values[k]:.1f}" for k in shown)] for name, values in curves.items()]
+    return {"ratio in dB after so many layers or iterations": format_table(["rule", *map(str, shown)], rows)}
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """Ratio at the end, and after each layer (as Fig. 6d)."""
+    ax = new_axes()
+    for name, values in layer_decibels(result).items():
+        ax.plot(values, marker=".", label=name)
     ax.set(xlabel="layer or iteration", ylabel="error ratio in dB")
     ax.legend(fontsize=8)
     return {"layers": ax, "ratio": plot_records(result.records, "sample_db")}
@@ -251,4 +267,5 @@ ratio: sum of squared errors over sum of squares (10 log10 of it is the ratio in
     setting=Setting(),
     build=build,
     figures=figures,
+    tables=tables,
 )

@@ -22,9 +22,9 @@ class Slot:
     """A named place in an iteration.
 
     kind: "positive" (a number), "number" (of either sign), "threshold" (nonnegative, one per weight of the terms),
-    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a name in PROXIMABLE), or
-    "module" (any other module). objective: True for what belongs to the objective (theta^o), False for
-    hyperparameters (theta^h).
+    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a
+    name in PROXIMABLE), or "module" (any other module). objective: True for what belongs to the objective (theta^o),
+    False for hyperparameters (theta^h).
     """
 
     name: str
