@@ -46,27 +46,30 @@ class Row:
         return 1e3 * statistics.median(self.times[batch])
 
 
-def ratios(rule: cl.Unfolded, data: Pairs) -> Tensor:
-    """Ratio of total errors to total power after 0, ..., K layers, `(K + 1,)`."""
-    with torch.no_grad():
-        return (rule.iterates(data.x) - data.s).square().sum((1, 2)) / data.s.square().sum()  # pyright: ignore
+def arrival(iteration: Any, rho: float, data: Any, goal: float, most: int) -> int | None:
+    """The number of iterations, fewer than `most`, after which the squared error has come down to `goal`."""
+    instance = iteration.bind(data.x, values={"rho": torch.tensor(rho, dtype=torch.float64)})
+    layer, state = iteration.layer(instance), iteration.start(instance)
+    for count in range(1, most):
+        state = layer(state)
+        if (iteration.decision(state) - data.s).square().sum(1).mean() <= goal:
+            return count
+    return None
 
 
-def fastest(kind: Any, parts: Any, data: Pairs, goal: float) -> tuple[float, int]:
-    """The rho of the grid at which the ratio comes down to `goal` first, and the number of iterations."""
+def fastest(iteration: Any, data: Any, goal: float) -> tuple[float, int]:
+    """The rho of the grid at which the squared error comes down to `goal` first, and the number of iterations."""
     best, count = math.nan, LONGEST
     for rho in RHO_GRID:
-        rule = cl.Unfolded(kind(parts), count, learn=["rho"])
-        rule.assign("rho", rho)
-        reached = (ratios(rule, data) <= goal).nonzero()
-        if len(reached) and int(reached[0]) < count:
-            best, count = float(rho), int(reached[0])
+        found = arrival(iteration, float(rho), data, goal, count)
+        if found is not None:
+            best, count = float(rho), found
     if math.isnan(best):
-        raise SystemExit(f"{kind.__name__} needs more than {LONGEST} iterations; train a network of fewer --layers")
+        raise SystemExit(f"{iteration} needs more than {LONGEST} iterations; train a network of fewer --layers")
     return best, count
 
 
-def rows(setting: lista.Setting, steps: int, test: Pairs) -> dict[str, Row]:
+def rows(setting: lista.Setting, steps: int, test: Any) -> dict[str, Row]:
     """All rules with their errors on the test data."""
     A = lista.matrix(0, setting)
     simulator = lista.Sparse(A, setting.density)
@@ -82,10 +85,10 @@ def rows(setting: lista.Setting, steps: int, test: Pairs) -> dict[str, Row]:
         found[name] = Row(rule, iterations, 10 * math.log10(error / power))
 
     add(f"ALISTA, K = {setting.layers}", network, str(setting.layers))
-    goal = ratios(network, tuning)[-1].item()
+    goal = cl.evaluate(network, tuning, squared_error).mean
     rho = math.nan
     for kind in (cl.ISTA, cl.FISTA):
-        rho, count = fastest(kind, parts, tuning, goal)
+        rho, count = fastest(kind(parts), tuning, goal)
         short = cl.Unfolded(kind(parts), count, learn=["rho"])
         whole = cl.Converged(kind(parts), tol=1e-6, learn=["rho"])
         for rule in (short, whole):
@@ -100,7 +103,7 @@ def rows(setting: lista.Setting, steps: int, test: Pairs) -> dict[str, Row]:
     return found
 
 
-def double(pairs: tuple[Tensor, Tensor]) -> Pairs:
+def double(pairs: tuple[Tensor, Tensor]) -> Any:
     """Pairs in float64."""
     return Pairs(*(part.double() for part in pairs))
 

@@ -87,7 +87,7 @@ def build(seed: int, setting: Setting) -> Study:
     rho = setting.noise * math.sqrt(2 * math.log(setting.unknowns))  # the universal choice, Donoho 1994
     problem, parts = declare(H, rho)
     admm, K = ADMM(parts), setting.layers
-    counts = (16, 64, 256, 1024) if setting.curves else ()
+    counts = (16, 256) if setting.curves else ()
     samples = Samples(data["train"], data["validation"], data["test"], squared_error, counts)
 
     def fit(steps: int, learning_rate: float) -> Any:

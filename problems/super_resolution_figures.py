@@ -59,7 +59,7 @@ def plot_layers(result: Result) -> Any:
     for name, rule in shown.items():
         with torch.no_grad():
             errors = (rule.iterates(test.x) - test.s).square().flatten(2).mean((1, 2))  # pyright: ignore
-        ax.plot(errors.numpy(), marker=".", label=name)
+        ax.plot(range(1, len(errors)), errors[1:].numpy(), marker=".", label=name)
     ax.axhline(
         result.record("tuned rho").measure("mse").mean, color="0.5", linestyle="--", label="tuned rho, converged"
     )

@@ -83,7 +83,7 @@ def test_the_affine_rule_of_admm_recovery_is_the_least_squares_fit():
     rule = study.contenders["affine"].rule
     curve = study.contenders["affine"].fit(rule, Budget())
     assert isinstance(curve, SampleCurve)
-    assert curve.counts == (16, 64, 256, 1024, 4096)
+    assert curve.counts == (16, 256, 4096)
     means = [e.mean for e in curve.errors]
     assert means == sorted(means, reverse=True)
     assert isinstance(rule, AffineRule)
