@@ -120,8 +120,10 @@ def alista(ista: ISTA, A: Tensor, layers: int) -> Unfolded:
     return net
 
 
-def layer_by_layer(train: Sparse, stride: int, steps: int, last: int, rate: Any) -> Callable[[Any, Budget], History]:
-    """Train the first k layers for k = stride, 2 stride, ... K, then all with `last` steps at a third of the rate.
+def layer_by_layer(
+    train: Sparse, stride: int, steps: int, last: int, rate: Any, *, ease: float = 1 / 3
+) -> Callable[[Any, Budget], History]:
+    """Train the first k layers for k = stride, 2 stride, ... K, then all with `last` steps at `ease` times the rate.
 
     New layers start at the threshold that the layer before has learned. Batch 64, rates fall along half a cosine.
     """
@@ -134,7 +136,7 @@ def layer_by_layer(train: Sparse, stride: int, steps: int, last: int, rate: Any)
             total = budget.limit(last if final else steps)
             history = tune(
                 rule.truncated(depth), train, squared_error, steps=total, batch_size=64,
-                learning_rate=_rates(rate, total, 1 / 3 if final else 1.0),
+                learning_rate=_rates(rate, total, ease if final else 1.0),
                 seed=budget.seed + number, progress=budget.progress, clip=None,
             )  # fmt: skip
             if not final:
@@ -200,7 +202,8 @@ def build(seed: int, setting: Setting) -> Study:
             Unfolded(ista, K, untie=["step", "threshold"]), layer_by_layer(simulator, 1, 200, 1000, numbers)
         ),
         "LISTA": Contender(
-            lista, layer_by_layer(simulator, 2, 1200, 8000, {"threshold": 5e-3, "W1": 1e-3, "W2": 1e-3})
+            lista,
+            layer_by_layer(simulator, 2, 800, 16000, {"threshold": 5e-3, "W1": 1e-3, "W2": 1e-3}, ease=1.0),
         ),
         "ALISTA": Contender(alista(ista, A, K), layer_by_layer(simulator, 1, 200, 1000, numbers)),
     }
