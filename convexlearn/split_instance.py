@@ -182,20 +182,21 @@ def bind_term(term: ProxTerm, values: Mapping[str, Tensor], like: Tensor, progra
 
 
 def split_norm(split: Any, A: LinearMap | None, like: Tensor) -> Tensor:
-    """L; computed once where A is fixed and unweighted."""
+    """L; where no parameter enters A it is computed once, in float64."""
     if A is None:
         return like.real.new_zeros(())
-    fixed = split.__dict__.get("_fixed_norm")
-    if fixed is None:
-        value = A.norm_squared()
-        simple = all(
-            p.map.fixed is not None and (p.weight is None or not p.weight.map.parameters) for p in split.quadratics
-        )
-        if simple and like.real.dtype == torch.float64:
-            split.__dict__["_fixed_norm"] = value.detach()
-        fixed = value
-    fixed = fixed.to(like.real)
-    return fixed.reshape(-1, 1) if fixed.ndim else fixed
+    norm = split.__dict__.get("_fixed_norm")
+    if norm is None:
+        if any(p.map.fixed is None or (p.weight is not None and p.weight.map.parameters) for p in split.quadratics):
+            norm = A.norm_squared()
+        else:
+            exact = like.detach().to(torch.complex128 if like.is_complex() else torch.float64).new_zeros(1)
+            parts = [_scaled(p.map.matrix({}, exact), _root(p, {}, exact), 1.0) for p in split.quadratics]
+            stacked, _ = _stack([(part, exact) for part in parts], exact)
+            assert stacked is not None
+            norm = split.__dict__["_fixed_norm"] = stacked.norm_squared()
+    norm = norm.to(like.real)
+    return norm.reshape(-1, 1) if norm.ndim else norm
 
 
 def _weight(weight: Weight | None, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -232,15 +233,24 @@ def _datum(item: Any, mapped: AffineMap, values: Mapping[str, Tensor], like: Ten
 def _least_squares(part: Quadratic, values: Mapping[str, Tensor], like: Tensor) -> tuple[LinearMap, Tensor]:
     """A and y of 1/2 |A z - y|^2, the sign such that y is +x where x enters with coefficient one."""
     A, y = part.map.matrix(values, like), -part.map.offset(values, like)
-    if part.flip:
-        A, y = A.scaled(-1.0), -y
+    sign, root = -1.0 if part.flip else 1.0, _root(part, values, like)
+    return _scaled(A, root, sign), sign * root * y
+
+
+def _root(part: Quadratic, values: Mapping[str, Tensor], like: Tensor) -> Any:
+    """Root of the weight of a sum of squares: a number, or a tensor `()` or `(B, 1)` where parameters enter."""
     if part.weight is None:
-        return A, y
+        return 1.0
     if not part.weight.map.parameters:
-        root = float(part.weight.map.constant.item()) ** 0.5
-        return A.scaled(root), root * y
-    root = _weight(part.weight, values, like).sqrt()
-    return A.scaled(root.squeeze(-1) if root.ndim > 1 else root), root * y
+        return float(part.weight.map.constant.item()) ** 0.5
+    return _weight(part.weight, values, like).sqrt()
+
+
+def _scaled(A: LinearMap, root: Any, sign: float) -> LinearMap:
+    """sign root A."""
+    if isinstance(root, Tensor):
+        return A.scaled(sign * (root.squeeze(-1) if root.ndim > 1 else root))
+    return A if sign * root == 1.0 else A.scaled(sign * root)
 
 
 def _stack(parts: list[tuple[LinearMap, Tensor]], like: Tensor) -> tuple[LinearMap | None, Tensor]:

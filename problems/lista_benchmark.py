@@ -19,7 +19,7 @@ from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Refe
 from convexlearn.problems.fitting import grid
 from convexlearn.prox import soft_threshold
 from convexlearn.randomness import make_generator
-from convexlearn.report import new_axes, plot_records
+from convexlearn.report import format_table, new_axes, plot_records
 from convexlearn.rules.base import as_rule
 from convexlearn.rules.iterative import Unfolded
 from convexlearn.simulate.base import Trajectory
@@ -120,8 +120,10 @@ def alista(ista: ISTA, A: Tensor, layers: int) -> Unfolded:
     return net
 
 
-def layer_by_layer(train: Sparse, stride: int, steps: int, last: int, rate: Any) -> Callable[[Any, Budget], History]:
-    """Train the first k layers for k = stride, 2 stride, ... K, then all with `last` steps at a third of the rate.
+def layer_by_layer(
+    train: Sparse, stride: int, steps: int, last: int, rate: Any, *, ease: float = 1 / 3
+) -> Callable[[Any, Budget], History]:
+    """Train the first k layers for k = stride, 2 stride, ... K, then all with `last` steps at `ease` times the rate.
 
     New layers start at the threshold that the layer before has learned. Batch 64, rates fall along half a cosine.
     """
@@ -134,7 +136,7 @@ def layer_by_layer(train: Sparse, stride: int, steps: int, last: int, rate: Any)
             total = budget.limit(last if final else steps)
             history = tune(
                 rule.truncated(depth), train, squared_error, steps=total, batch_size=64,
-                learning_rate=_rates(rate, total, 1 / 3 if final else 1.0),
+                learning_rate=_rates(rate, total, ease if final else 1.0),
                 seed=budget.seed + number, progress=budget.progress, clip=None,
             )  # fmt: skip
             if not final:
@@ -200,7 +202,8 @@ def build(seed: int, setting: Setting) -> Study:
             Unfolded(ista, K, untie=["step", "threshold"]), layer_by_layer(simulator, 1, 200, 1000, numbers)
         ),
         "LISTA": Contender(
-            lista, layer_by_layer(simulator, 2, 1200, 8000, {"threshold": 5e-3, "W1": 1e-3, "W2": 1e-3})
+            lista,
+            layer_by_layer(simulator, 2, 800, 16000, {"threshold": 5e-3, "W1": 1e-3, "W2": 1e-3}, ease=1.0),
         ),
         "ALISTA": Contender(alista(ista, A, K), layer_by_layer(simulator, 1, 200, 1000, numbers)),
     }
@@ -220,14 +223,30 @@ def misses(result: Result) -> list[str]:
     return [f"{name} reaches {found[name]:.1f} dB, above {aim}" for name, aim in AIMS.items() if found[name] > aim]
 
 
-def figures(result: Result) -> dict[str, Any]:
-    """Ratio at the end, and after each layer (as Fig. 6d)."""
-    ax, test = new_axes(), result.study.test
-    power = test.s.square().sum()
+def layer_decibels(result: Result) -> dict[str, np.ndarray]:
+    """Ratio in dB after 0, ..., K layers or iterations, by rule."""
+    test, found = result.study.test, {}
     for name, rule in result.rules.items():
         with torch.no_grad():
             errors = (rule.iterates(test.x) - test.s).square().sum((1, 2))  # pyright: ignore
-        ax.plot(10 * np.log10((errors / power).numpy()), marker=".", label=name)
+        found[name] = 10 * np.log10((errors / test.s.square().sum()).clamp(min=1e-30).numpy())
+    return found
+
+
+def tables(result: Result) -> dict[str, str]:
+    """Ratio in dB after each quarter of the layers."""
+    curves = layer_decibels(result)
+    K = len(next(iter(curves.values()))) - 1
+    shown = sorted({max(1, round(K * part / 4)) for part in range(1, 5)})
+    rows = [[name, *(f"{values[k]:.1f}" for k in shown)] for name, values in curves.items()]
+    return {"ratio in dB after so many layers or iterations": format_table(["rule", *map(str, shown)], rows)}
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """Ratio at the end, and after each layer (as Fig. 6d)."""
+    ax = new_axes()
+    for name, values in layer_decibels(result).items():
+        ax.plot(values, marker=".", label=name)
     ax.set(xlabel="layer or iteration", ylabel="error ratio in dB")
     ax.legend(fontsize=8)
     return {"layers": ax, "ratio": plot_records(result.records, "sample_db")}
@@ -251,4 +270,5 @@ ratio: sum of squared errors over sum of squares (10 log10 of it is the ratio in
     setting=Setting(),
     build=build,
     figures=figures,
+    tables=tables,
 )

@@ -6,35 +6,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexlearn.problems import sample_efficiency, spectrum
 from convexlearn.problems.catalogue import Result
 from convexlearn.problems.images import TEST
 from convexlearn.report import new_axes, plot_history, plot_records
+from convexlearn.rules.iterative import Unfolded
 
 SHOWN = ("astronaut", "camera", "chelsea")
 """Test photographs in the picture of reconstructions."""
 
-LEFT_OUT = ("oracle rho",)
+LEFT_OUT = ("oracle rho", "FISTA, tuned rho")
 """Rules that look like another one in the picture."""
 
 
 def figures(result: Result) -> dict[str, Any]:
-    """Axes by file name: reconstructions, records, and what the traces of a tuning run allow."""
+    """Axes by file name: reconstructions, records, layers, and what the traces of a tuning run allow."""
     axes = {"reconstructions": plot_reconstructions(result), "psnr": plot_records(result.records, "psnr")}
     axes["psnr"].set_xlabel("PSNR on held-out photographs (dB), mean and standard error")
+    axes["layers"] = plot_layers(result)
+    axes["parameters"] = spectrum.plot_parameters(result, "mse")
     if "oracle rho" in result.traces:
         axes["rho"] = plot_rho(result)
     if "tuned weights" in result.rules:
         axes["weights"] = plot_weights(result)
-    histories = {n: t for n, t in result.traces.items() if isinstance(t, list)}
+    if any(len(curve.counts) > 1 for curve in sample_efficiency.curves(result).values()):
+        axes["efficiency"] = sample_efficiency.plot_efficiency(result, "mse", ["bicubic", "hand-set rho"])
+    histories = {n: t for n, t in sample_efficiency.traces(result).items() if isinstance(t, list)}
     if histories:
-        grid = new_axes(1, len(histories), (4.0 * len(histories), 3.0))
-        for ax, (name, history) in zip(grid.flat if len(histories) > 1 else [grid], histories.items()):
-            keys = [k for k in ("loss", "validation") if any(k in step for step in history)]
-            plot_history(history, keys, ax=ax).set_title(name)
-            ax.set_yscale("log")
-            ax.set_ylabel("mean squared error")
-        axes["histories"] = grid.flat[0] if len(histories) > 1 else grid
+        axes["histories"] = plot_histories(histories)
     return axes
+
+
+def plot_histories(histories: dict[str, Any]) -> Any:
+    """Loss and validation error of every fit by gradient steps, side by side; returns the first Axes."""
+    grid = new_axes(1, len(histories), (4.0 * len(histories), 3.0))
+    for ax, (name, history) in zip(grid.flat if len(histories) > 1 else [grid], histories.items()):
+        keys = [k for k in ("loss", "validation") if any(k in step for step in history)]
+        plot_history(history, keys, ax=ax).set_title(name)
+        ax.set_yscale("log")
+        ax.set_ylabel("mean squared error")
+    return grid.flat[0] if len(histories) > 1 else grid
+
+
+def plot_layers(result: Result) -> Any:
+    """Error after each layer (as Fig. 6d), and of four times as many iterations of FISTA at the tuned rho."""
+    ax, test = new_axes(), result.study.test
+    shown = {name: rule for name, rule in result.rules.items() if isinstance(getattr(rule, "rule", None), Unfolded)}
+    learned: Any = result.rules["FISTA, tuned rho"]
+    longer = Unfolded(learned.rule.iteration, 4 * max(rule.rule.layers for rule in shown.values()))  # pyright: ignore
+    longer.assign("rho", learned.rule.rho.detach())
+    shown["FISTA, tuned rho"] = type(learned)(longer, learned.stride, learned.precision)
+    for name, rule in shown.items():
+        with torch.no_grad():
+            errors = (rule.iterates(test.x) - test.s).square().flatten(2).mean((1, 2))  # pyright: ignore
+        ax.plot(range(1, len(errors)), errors[1:].numpy(), marker=".", label=name)
+    ax.axhline(
+        result.record("tuned rho").measure("mse").mean, color="0.5", linestyle="--", label="tuned rho, converged"
+    )
+    ax.set(yscale="log", xlabel="layer or iteration", ylabel="mean squared error")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def tables(result: Result) -> dict[str, str]:
+    """Time of a decision that is alone in its batch, and error by number of training pictures where that was asked."""
+    shown = {"one picture at a time": spectrum.alone(result, "mse")}
+    if any(len(curve.counts) > 1 for curve in sample_efficiency.curves(result).values()):
+        shown["mse on the test pictures after training on so many"] = sample_efficiency.efficiency(result)
+    return shown
 
 
 def plot_reconstructions(result: Result) -> Any:

@@ -49,10 +49,12 @@ def objective(problem, x, s, context, decision):
 
 
 class IterationContract:
-    """Subclass it and give `make(split)`; `hyper` are slots whose implicit gradient must vanish."""
+    """Subclass it and give `make(split)`; `hyper` are slots whose implicit gradient must vanish, `untie` those that
+    a network may learn, `free` the sets of matrices that may be freed."""
 
     hyper: tuple[str, ...] = ()
     untie: tuple[str, ...] = ()
+    free: tuple[tuple[str, ...], ...] = ()
 
     def make(self, parts):
         raise NotImplementedError
@@ -85,6 +87,16 @@ class IterationContract:
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
             torch.testing.assert_close(twin(xs), net(xs), rtol=0, atol=1e-14)
 
+    def test_freed_matrices_start_as_the_iteration(self):
+        """LISTA, ADMM-Net and their like."""
+        problem, x, s = lasso()
+        iteration = self.make(split(problem, [x], s))
+        expected = Unfolded(iteration, 6).iterates(contexts())
+        for freed in self.free:
+            net = Unfolded(iteration.free(*freed), 6, untie=[*freed, *self.untie])
+            torch.testing.assert_close(net.iterates(contexts()).detach(), expected, rtol=0, atol=1e-12)
+            assert all(net.value(name).shape[0] == 6 for name in freed)
+
     @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
     def test_gradient_equals_central_differences(self, gradient):
         problem, x, s = lasso()
@@ -110,13 +122,24 @@ class IterationContract:
         numeric = (value(H=step * direction) - value(H=-step * direction)) / (2 * step)
         assert (got[2] * direction).sum().item() == pytest.approx(numeric, rel=1e-4)
 
+    def test_implicit_and_unrolled_gradients_agree(self):
+        problem, x, s = lasso()
+        iteration, gradients = self.make(split(problem, [x], s)), []
+        for gradient in ("implicit", "unroll"):
+            xs = contexts(2).requires_grad_()
+            rule = Converged(iteration, tol=1e-13, gradient=gradient, learn=["rho", "H"])
+            total = (rule(xs) * torch.linspace(-1, 1, N, dtype=torch.float64)).sum()
+            gradients.append(torch.autograd.grad(total, [xs, rule.free["rho"], rule.free["H"]]))
+        for implicit, unrolled in zip(*gradients):
+            torch.testing.assert_close(implicit, unrolled, rtol=1e-7, atol=1e-8)
+
     def test_implicit_gradient_of_hyperparameters_vanishes(self):
         problem, x, s = lasso()
-        with pytest.warns(HyperparameterWarning, match="Example 14"):
-            rule = Converged(self.make(split(problem, [x], s)), tol=1e-12, learn=["rho", *self.hyper])
-        rule(contexts()).sum().backward()
-        assert rule.free["rho"].grad.abs().item() > 1e-3
         for name in self.hyper:
+            with pytest.warns(HyperparameterWarning, match="Example 14"):
+                rule = Converged(self.make(split(problem, [x], s)), tol=1e-12, learn=["rho", name])
+            rule(contexts()).sum().backward()
+            assert rule.free["rho"].grad.abs().item() > 1e-3
             assert rule.free[name].grad.abs().item() < 1e-8
 
     def test_converged_slots_stay_in_their_range(self):

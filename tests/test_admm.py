@@ -8,7 +8,7 @@ import torch
 from convexlearn.errors import CompileError, OptionError
 from convexlearn.iterations.admm import ADMM
 from convexlearn.prox import soft_threshold
-from convexlearn.rules.iterative import Converged, Unfolded
+from convexlearn.rules.iterative import Converged, HyperparameterWarning, Unfolded
 from convexlearn.splitting import split
 from tests.iteration_contract import IterationContract, N, contexts, lasso
 
@@ -16,6 +16,7 @@ from tests.iteration_contract import IterationContract, N, contexts, lasso
 class TestADMM(IterationContract):
     hyper = ("step", "penalty")
     untie = ("step", "penalty", "threshold", "relaxation")
+    free = (("W1", "W2"), ("W1",), ("W2",))
 
     def make(self, parts):
         return ADMM(parts)
@@ -76,6 +77,19 @@ def test_constraints_with_maps_and_equalities():
         problem.solve(solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
         np.testing.assert_allclose(decision.detach().numpy(), s.value, atol=1e-6)
         assert abs(decision[0] + decision[1] - 0.2) < 1e-10
+
+
+def test_step_and_relaxation_are_not_learned_together_where_a_rule_converges(admm):
+    with pytest.raises(OptionError, match="not with both away"):
+        Converged(admm, learn=["step", "relaxation"])
+    for fixed, learned in (("relaxation", "step"), ("step", "relaxation")):
+        with pytest.raises(OptionError, match="not with both away"):
+            Converged(admm.replace(**{fixed: 1.2}), learn=[learned])
+    with pytest.warns(HyperparameterWarning):
+        rule = Converged(admm, learn=["step"])
+    with pytest.raises(OptionError, match="not with both away"):
+        rule.learn("relaxation")
+    Unfolded(admm, 2, untie=["step", "relaxation"])
 
 
 def test_plug_and_play(admm):

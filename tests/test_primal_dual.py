@@ -2,11 +2,14 @@
 
 import cvxpy as cp
 import numpy as np
+import pytest
+import torch
 
+from convexlearn.errors import OptionError
 from convexlearn.iterations.primal_dual import PrimalDual
-from convexlearn.rules.iterative import Converged
+from convexlearn.rules.iterative import Converged, HyperparameterWarning, Unfolded
 from convexlearn.splitting import split
-from tests.iteration_contract import IterationContract, contexts
+from tests.iteration_contract import IterationContract, contexts, lasso
 
 
 class TestPrimalDual(IterationContract):
@@ -28,3 +31,25 @@ def test_chambolle_pock_without_a_smooth_part():
         value = problem.solve(solver="CLARABEL")
         s.value = decision.numpy()
         assert abs(problem.objective.value - value) < 1e-7
+
+
+def test_the_two_steps_are_not_learned_together_where_a_rule_converges():
+    problem, x, s = lasso()
+    iteration = PrimalDual(split(problem, [x], s))
+    with pytest.raises(OptionError, match="can't both be learned"):
+        Converged(iteration, learn=["step", "dual_step"])
+    Unfolded(iteration, 2, untie=["step", "dual_step"])
+
+
+def test_the_bound_of_the_dual_step_follows_from_a_given_step():
+    problem, x, s = lasso()
+    parts = split(problem, [x], s)
+    step = 0.3 / parts.nominal().L.item()
+    iteration = PrimalDual(parts, step=step)
+    with pytest.warns(HyperparameterWarning):
+        rule = Converged(iteration, tol=1e-11, max_iterations=20000, learn=["dual_step"])
+    with torch.no_grad():
+        rule.free["dual_step"].fill_(20.0)
+    bound = 1 / step - parts.nominal().L / 2  # |K| = 1
+    assert rule.dual_step.item() == pytest.approx(bound.item())
+    assert bool(rule.solve(contexts()).converged.all())

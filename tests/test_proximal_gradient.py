@@ -16,6 +16,7 @@ from tests.iteration_contract import IterationContract, M, N, contexts, lasso
 class TestISTA(IterationContract):
     hyper = ("step",)
     untie = ("step", "threshold")
+    free = (("W1", "W2"), ("W1",), ("W2",))
 
     def make(self, parts):
         return ISTA(parts)
@@ -24,9 +25,17 @@ class TestISTA(IterationContract):
 class TestFISTA(IterationContract):
     hyper = ("step",)
     untie = ("step", "threshold")
+    free = (("W1", "W2"), ("W1",), ("W2",))
 
     def make(self, parts):
         return FISTA(parts)
+
+
+class TestConstantMomentum(TestFISTA):
+    """Converges for a fixed momentum below 1."""
+
+    def make(self, parts):
+        return FISTA(parts, restart=False, momentum=0.6)
 
 
 @pytest.fixture
@@ -72,12 +81,14 @@ def test_tied_freed_matrices_are_shared_by_the_layers(ista):
     assert net.threshold.shape == (5,)
 
 
-def test_momentum_can_be_untied():
+def test_momentum_can_be_untied_but_not_with_convergence_beyond_one():
     problem, x, s = lasso()
     plain = FISTA(split(problem, [x], s), restart=False)
     net = Unfolded(plain, 5, untie=["momentum"])
-    torch.testing.assert_close(net(contexts()), Unfolded(plain, 5)(contexts()), rtol=0, atol=1e-5)
-    assert net.momentum.shape == (5,)
+    torch.testing.assert_close(net.iterates(contexts()), Unfolded(plain, 5).iterates(contexts()), rtol=0, atol=1e-12)
+    assert net.momentum[:2].tolist() == [0.0, 0.0]  # exact, since in a network it may have either sign
+    with pytest.raises(OptionError, match=r"'momentum' is .* only known to converge up to 1;"):
+        Converged(plain.replace(momentum=1.2))
 
 
 def test_a_module_takes_the_place_of_the_prox(ista):

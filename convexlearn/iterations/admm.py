@@ -1,7 +1,7 @@
 """The alternating direction method of multipliers (Algorithm 1), and with freed matrices ADMM-Net (Eq. 20)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,16 +111,18 @@ class ADMM(Iteration):
         """step < (1 + sqrt 5)/2, or relaxation < 2."""
         if {"W1", "W2"} & self.values.keys():
             return {}
-        like = instance.like.real
-        away = [n for n in ("step", "relaxation") if n in self.values and float(self.values[n].max()) != 1.0]
-        if len(away) == 2:
-            raise OptionError(
-                "ADMM is only known to converge with step or relaxation at 1, not with both away from it; keep one"
-            )
         bounds = {"step": GOLDEN, "relaxation": 2.0}
-        return {name: like.new_tensor(bound) for name, bound in bounds.items()}
+        return {name: instance.like.real.new_tensor(bound) for name, bound in bounds.items()}
 
-    exclusive = (("step", "relaxation"),)
+    def check_convergent(self, learned: Collection[str]) -> None:
+        """Raise OptionError where step and relaxation are both away from 1."""
+        pair = ("step", "relaxation")
+        away = {name for name in pair if name in self.values and bool((self.values[name] != 1).any())}
+        if not {"W1", "W2"} & self.values.keys() and len(away | (set(learned) & set(pair))) == 2:
+            raise OptionError(
+                "Converged: ADMM is only known to converge with step or relaxation at 1, not with both away from it; "
+                "keep or learn one, or unfold the iteration: Unfolded takes any positive values"
+            )
 
     def check_free(self, instance: Instance) -> None:
         """Raise OptionError where Eq. 20 is not the update of s."""

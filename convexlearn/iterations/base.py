@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,10 +21,10 @@ from convexlearn.splitting import Split
 class Slot:
     """A named place in an iteration.
 
-    kind: "positive" (a number), "threshold" (nonnegative, one per weight of the terms), "matrix" (a matrix, or a
-    module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a name in PROXIMABLE), or
-    "module" (any other module). objective: True for what belongs to the objective (theta^o), False for
-    hyperparameters (theta^h).
+    kind: "positive" (a number), "number" (of either sign), "threshold" (nonnegative, one per weight of the terms),
+    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a
+    name in PROXIMABLE), or "module" (any other module). objective: True for what belongs to the objective (theta^o),
+    False for hyperparameters (theta^h).
     """
 
     name: str
@@ -85,6 +85,9 @@ class Iteration(ABC):
     def limits(self, instance: Instance) -> dict[str, Any]:
         """Upper bounds of slots below which convergence is guaranteed."""
         return {}
+
+    def check_convergent(self, learned: Collection[str]) -> None:  # noqa: B027
+        """Raise OptionError where convergence is not guaranteed with the slots in `learned` trained within `limits`."""
 
     def free(self, *names: str) -> "Iteration":
         """Matrices as free tensors that a rule trains, at first those of the problem; returns a copy."""
@@ -200,7 +203,7 @@ class Iteration(ABC):
                 value = PROXIMABLE[value].prox
             elif not callable(value):
                 value = _number(slot, value)
-            elif slot.kind in ("positive", "threshold"):
+            elif slot.kind in ("positive", "threshold", "number"):
                 raise OptionError(f"slot '{name}' takes a number, got {type(value).__name__}")
             self.values[name] = value
 

@@ -1,11 +1,12 @@
 """The primal-dual method of Condat (2013) and Vu (2013); without a smooth part that of Chambolle and Pock (2011)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from convexlearn.errors import OptionError
 from convexlearn.iterations.base import Iteration, Layer, Slot
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.split_instance import Instance
@@ -93,12 +94,22 @@ class PrimalDual(Iteration):
         return (tau if name == "step" else sigma).reshape(())
 
     def limits(self, instance: Instance) -> dict[str, Any]:
-        """step at the present dual_step, relaxation <= 1."""
+        """step at the present dual_step; dual_step at the present step where that is given; relaxation <= 1."""
+        given = self.given(None, instance)
         blocks = self.blocks(instance)
-        tau, _ = self._steps(instance, blocks, {k: v for k, v in self.given(None, instance).items() if k != "step"})
-        return {"step": tau, "relaxation": instance.like.real.new_tensor(1.0)}
+        tau, _ = self._steps(instance, blocks, {k: v for k, v in given.items() if k != "step"})
+        bounds = {"step": tau, "relaxation": instance.like.real.new_tensor(1.0)}
+        if "step" in given:
+            bounds["dual_step"] = (1 / given["step"] - instance.L / 2) / blocks.norm_squared()
+        return bounds
 
-    exclusive = (("step", "dual_step"),)
+    def check_convergent(self, learned: Collection[str]) -> None:
+        """Raise OptionError where both steps are learned, since the bound of one holds at a fixed other one."""
+        if {"step", "dual_step"} <= set(learned):
+            raise OptionError(
+                "Converged: step and dual_step of PrimalDual can't both be learned, since the bound of one holds at a "
+                "fixed other one; learn one, or unfold the iteration: Unfolded takes any positive values"
+            )
 
     def _steps(self, instance: Instance, blocks: Blocks, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """step and dual_step; by default such that L/2 and dual_step |K|^2 are alike."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convexlearn.adjoints import attach_implicit_gradient, converge
 from convexlearn.domains import Domain
 from convexlearn.errors import ConvexLearnWarning, LimitWarning, OptionError, ShapeError, suggest
-from convexlearn.iterations.base import Iteration
+from convexlearn.iterations.base import Iteration, Slot
 from convexlearn.rules.base import DecisionRule, Role
 from convexlearn.split_instance import Instance
 
@@ -75,14 +75,14 @@ class IterativeRule(DecisionRule):
         starts = [self.iteration.initial(name, k) for k in range(self._layers or 1)]
         start = torch.stack(starts) if untied else starts[0]
         role = Role.OBJECTIVE if slot.objective else Role.HYPER
+        domain = self._domain(slot, starts[0])
         if slot.kind in ("positive", "threshold"):
             start = start.clamp(min=POSITIVE * float(start.max().clamp(min=1.0)) if untied else POSITIVE)
-            self.declare(name, start, self._domain(name, starts[0]), role)
-        else:
-            self.declare(name, start, None if not untied else Domain(tuple(starts[0].shape)), role)
+        self.declare(name, start, domain, role)
 
-    def _domain(self, name: str, start: Tensor) -> Domain:
-        return Domain.from_attributes(tuple(start.shape), {"pos": True})
+    def _domain(self, slot: Slot, start: Tensor) -> Domain:
+        positive = slot.kind in ("positive", "threshold")
+        return Domain.from_attributes(tuple(start.shape), {"pos": True} if positive else {})
 
     def learn(self, *names: str) -> Any:
         """Let `tune` train these (default: all that is declared); a slot not yet learned is declared, tied."""
@@ -104,16 +104,15 @@ class IterativeRule(DecisionRule):
 
     def slots(self, k: int, instance: Instance, detach: bool = False) -> dict[str, Any]:
         """Values of the slots at step k."""
-        found = {}
-        for name, untied in self._slots.items():
-            if name in self._declared:
-                value = self.value(name)
-                value = value[k] if untied else value
-                found[name] = value.detach() if detach else value
-            else:
-                module: Any = getattr(self, name)
-                found[name] = module[k] if untied else module
-        return found
+        found = self._at(k, self._stacked())
+        return {n: v.detach() if detach and isinstance(v, Tensor) else v for n, v in found.items()}
+
+    def _stacked(self) -> dict[str, Any]:
+        """Values of the slots, all layers of untied ones together."""
+        return {name: self.value(name) if name in self._declared else getattr(self, name) for name in self._slots}
+
+    def _at(self, k: int, stacked: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value[k] if self._slots[name] else value for name, value in stacked.items()}
 
 
 class Unfolded(IterativeRule):
@@ -174,10 +173,10 @@ class Unfolded(IterativeRule):
         def states() -> Any:
             state = self.iteration.start(instance)
             yield state
-            tied = not any(self._slots.values())
-            layer = self.iteration.layer(instance, self.slots(0, instance)) if tied else None
+            stacked, tied = self._stacked(), not any(self._slots.values())
+            layer = self.iteration.layer(instance, stacked) if tied else None
             for k in range(self.layers):
-                step = layer or self.iteration.layer(instance, self.slots(k, instance))
+                step = layer or self.iteration.layer(instance, self._at(k, stacked))
                 state = step(state)
                 yield state
 
@@ -214,11 +213,13 @@ class Converged(IterativeRule):
             raise OptionError(f"Converged: gradient='{gradient}'; {suggest(gradient, ('implicit', 'unroll'))}")
         self.__dict__["gradient"] = gradient
         chosen = [p.name for p in iteration.split.parameters.values() if p.learned] if learn is None else list(learn)
+        iteration.check_convergent(chosen)
         self.__dict__["_bounds"] = _checked_limits(iteration)
         super().__init__(iteration, None, (), chosen)
         self.tol, self.max_iterations = tol, max_iterations
 
     def _add_slot(self, name: str, untied: bool) -> None:
+        self.iteration.check_convergent({*self._slots, name})
         slot = self.iteration.slot(name)
         exact = self.iteration.values.get("prox") is None and self.iteration.split.convex
         if self.gradient == "implicit" and not slot.objective and exact and slot.name != "threshold":
@@ -231,10 +232,10 @@ class Converged(IterativeRule):
             )
         super()._add_slot(name, untied)
 
-    def _domain(self, name: str, start: Tensor) -> Domain:
-        if name not in self._bounds:
-            return super()._domain(name, start)
-        return Domain.from_attributes(tuple(start.shape), {"bounds": [0.0, self._bounds[name]]})
+    def _domain(self, slot: Slot, start: Tensor) -> Domain:
+        if slot.name not in self._bounds:
+            return super()._domain(slot, start)
+        return Domain.from_attributes(tuple(start.shape), {"bounds": [0.0, self._bounds[slot.name]]})
 
     def solve(self, *x: Tensor) -> Convergence:
         """Decision and, for each sample, whether and how it converged."""
