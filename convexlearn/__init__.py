@@ -2,6 +2,7 @@
 
 from convexlearn import errors, networks, objectives, simulate
 from convexlearn.chain import ChainFactors
+from convexlearn.convolution import Convolution
 from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
@@ -47,6 +48,7 @@ __all__ = [
     "Converged",
     "ConvexLayer",
     "ConvexRule",
+    "Convolution",
     "DecisionRule",
     "Diagnosis",
     "Domain",

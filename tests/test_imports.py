@@ -53,7 +53,7 @@ splitting
 riccati block_tridiagonal
 chain_kernels
 chain
-networks stacked_networks
+networks stacked_networks convolution
 iterations.base
 iterations.*
 adjoints

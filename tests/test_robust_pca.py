@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from convexlearn.errors import CompileError
+from convexlearn.errors import CompileError, OptionError
 from convexlearn.iterations.admm import ADMM
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA
-from convexlearn.iterations.robust_pca import RobustPCA, principal_component_pursuit, robust_pca
+from convexlearn.iterations.robust_pca import PRODUCTS, RobustPCA, principal_component_pursuit, robust_pca
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.splitting import split
 from tests.iteration_contract import lasso
@@ -68,24 +68,24 @@ def test_real_and_imaginary_parts_give_a_gradient(complex_case):
     assert got / slope == pytest.approx((value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-4)
 
 
-def test_convolutions_in_the_product_slots(complex_case):
+@pytest.mark.parametrize("boundary", ["zero", "circular"])
+def test_convolutions_in_the_product_slots_start_as_proximal_gradient(complex_case, boundary):
     parts, D = complex_case
-
-    class Scale(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.factor = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
-
-        def forward(self, v):
-            return self.factor * v
-
-    products = {f"W{k}": Scale() for k in (1, 2, 4, 5)}
-    net = Unfolded(RobustPCA(parts, **products), 3, untie=["threshold", *products])
+    iteration = RobustPCA(parts).convolve(*PRODUCTS, image=(2, 3), size=3, boundary=boundary)
+    net = Unfolded(iteration, 3, untie=["step", "threshold", *PRODUCTS])
     for a, b in zip(net(D), Unfolded(ISTA(parts), 3)(D)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     L, S = net(D)
     (L.abs().sum() + S.abs().sum()).backward()
-    assert net.W5[2].factor.grad.abs() > 0
+    assert net.W5[2].weight.grad[..., 1].abs().max() > 0  # pyright: ignore
+    assert net.W1[0].kernel.is_complex()  # pyright: ignore
+
+
+def test_convolutions_need_the_shape_of_a_frame(complex_case):
+    with pytest.raises(OptionError, match="rows are the 6 pixels of frames"):
+        RobustPCA(complex_case[0]).convolve("W1", image=(2, 2))
+    with pytest.raises(OptionError, match="no product"):
+        RobustPCA(complex_case[0]).convolve("step", image=(2, 3))
 
 
 def test_other_problems_are_refused():

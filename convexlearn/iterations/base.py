@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from convexlearn.convolution import Convolution
 from convexlearn.errors import CompileError, OptionError, ShapeError, suggest
 from convexlearn.prox import PROXIMABLE
 from convexlearn.split_instance import Instance
@@ -96,6 +97,38 @@ class Iteration(ABC):
                 free = [s.name for s in self.slots if s.kind == "matrix"]
                 raise OptionError(f"free: slot '{name}' is no matrix (those are {free}); learn it with untie or learn")
         return self.replaced({name: self.initial(name) for name in names}, freed=names)
+
+    def convolve(self, *names: str, **options: Any) -> "Iteration":
+        """`free` with convolutions in place of matrices, for images; `options` as in `convolution`."""
+        return self.replaced({name: self.convolution(name, **options) for name in names}, freed=names)
+
+    def convolution(
+        self,
+        name: str,
+        *,
+        image: tuple[int, int] | None = None,
+        size: int | None = None,
+        boundary: str = "zero",
+        exact: bool = True,
+    ) -> Convolution:
+        """The convolution that a matrix slot is at the problem's declared values.
+
+        image `(h, w)`: of the decision, where its variable is a vector of pixels row by row. size: of the kernel, by
+        default as small as the problem's own. A matrix that is no convolution with this boundary is an OptionError
+        unless exact=False (see Convolution.from_matrix).
+        """
+        if len(self.split.variables) != 1:
+            raise OptionError(f"convolve: the decision is more than one image: {self.split}")
+        W = self.free(name).values[name]
+        shape = self.split.variables[0].shape if image is None else image
+        taken = self.nominal(name).y_shape if name == "W1" else shape
+        if image is None:
+            return Convolution.from_matrix(W, taken, shape, size=size, boundary=boundary, exact=exact)
+        factor = max(1, round(math.sqrt(math.prod(image) / math.prod(taken))))
+        small = (image[0] // factor, image[1] // factor)
+        found = Convolution.from_matrix(W, small, image, size=size, boundary=boundary, exact=exact)
+        found.image = small
+        return found
 
     def replace(self, **values: Any) -> "Iteration":
         """A copy with other slot values: numbers, tensors, modules (`replace(prox=denoiser)`)."""

@@ -1,14 +1,16 @@
 """Robust principal component analysis: low rank plus sparse (Candes et al. 2011), and its unfolding (CORONA)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convexlearn.errors import CompileError
-from convexlearn.iterations.base import Layer, Slot
+from convexlearn.convolution import Convolution
+from convexlearn.errors import CompileError, OptionError, suggest
+from convexlearn.iterations.base import Iteration, Layer, Slot
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA, State
 from convexlearn.split_instance import Instance
 from convexlearn.splitting import Split, split
@@ -52,8 +54,9 @@ class RobustPCA(ISTA):
 
     L+ = prox(W1 D + W3 S + W5 L), S+ = prox(W2 D + W4 S + W6 L). By default W1 and W2 are step, W3 and W6 minus
     step, W4 and W5 one minus step: proximal gradient on the split of `robust_pca`. The slots W1 to W6 take modules
-    (B, p, q) -> (B, p, q), such as convolutions; low_rank_prox and sparse_prox take (v, t) -> v in place of the
-    thresholdings. threshold: (low rank, sparse), by default step times the weights.
+    (B, p, q) -> (B, p, q); `convolve("W1", ..., "W6", image=(h, w))` fills them with convolutions of the q frames, at
+    first multiples of a single pixel. low_rank_prox and sparse_prox take (v, t) -> v in place of the thresholdings.
+    threshold: (low rank, sparse), by default step times the weights.
     """
 
     slots = (
@@ -81,7 +84,7 @@ class RobustPCA(ISTA):
         if given.get("threshold") is not None:
             thresholds = self.split_threshold(given["threshold"], thresholds)
         D = instance.y.reshape(instance.batch, *instance.y_shape)
-        scales = (step, step, -step, 1 - step, 1 - step, -step)
+        scales = factors(step)
         products: list[Any] = [given.get(name) or (lambda v, c=c: c * v) for name, c in zip(PRODUCTS, scales)]
         drive = products[0](D), products[1](D)
         shrinks: list[Any] = [given.get(name) for name in ("low_rank_prox", "sparse_prox")]
@@ -98,15 +101,50 @@ class RobustPCA(ISTA):
 
         return advance
 
+    def replaced(self, values: Mapping[str, Any], freed: Sequence[str] = ()) -> Iteration:
+        """A copy with other values; step stays what scales the thresholds."""
+        return Iteration.replaced(self, values, freed)
+
+    def convolution(
+        self,
+        name: str,
+        *,
+        image: tuple[int, int] | None = None,
+        size: int | None = None,
+        boundary: str = "zero",
+        exact: bool = True,
+    ) -> Convolution:
+        """The factor of a product slot as a kernel `(size, size)`, 5 by default, on frames of h w = p pixels."""
+        shape, split = self.split.variables[0].shape, self.split
+        if image is None or math.prod(image) != shape[0]:
+            raise OptionError(
+                f"convolve: rows are the {shape[0]} pixels of frames; give image=(h, w) with h w = {shape[0]}"
+            )
+        if name not in PRODUCTS:
+            raise OptionError(f"convolve: slot '{name}' is no product; {suggest(name, PRODUCTS)}")
+        step = float(self.initial("step"))
+        scale = factors(step)[PRODUCTS.index(name)]
+        is_complex = split.variables[0].is_complex
+        return Convolution.delta(
+            size or 5, scale, is_complex=is_complex, dtype=torch.float64, boundary=boundary, image=image
+        )
+
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
         if name in self.values:
             return self.values[name]
-        return super().initial(name, k) if name in ("step", "threshold") else torch.tensor(1.0)
+        if name == "step":
+            return 1 / self.nominal(name).L
+        return self.initial_threshold(self.initial("step")) if name == "threshold" else torch.tensor(1.0)
 
     def limits(self, instance: Instance) -> dict[str, Any]:
         """step < 2/L = 1, while the products are the problem's."""
         return {} if set(PRODUCTS) & self.values.keys() else {"step": 2 / instance.L}
+
+
+def factors(step: Any) -> tuple[Any, ...]:
+    """W1 to W6 of proximal gradient."""
+    return step, step, -step, 1 - step, 1 - step, -step
 
 
 __all__ = ["FISTA", "RobustPCA", "principal_component_pursuit", "robust_pca"]

@@ -1,0 +1,211 @@
+"""Convolution with one trainable kernel: what fills a matrix slot where decisions are images."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convexlearn.errors import OptionError, ShapeError, suggest
+
+BOUNDARIES = ("zero", "circular")
+
+EXACT = 1e-10
+"""A matrix that differs from a convolution by more than this, relative to its action, is none."""
+
+
+class Convolution(nn.Module):
+    """Images `(B, h, w)` convolved with a kernel `(k, l)`, real or complex: the response to an impulse is the kernel.
+
+    upsample r: the images grow r times, and the impulse of pixel i covers r i - (k - r)//2 and the k - 1 pixels that
+    follow, so that for r = 1 an odd kernel is centred. boundary: "zero" beyond the rim, or "circular". image
+    `(h, w)`: takes pixels row by row instead, `(B, h w)`, or `(B, h w, q)` with q frames as columns. A complex kernel
+    gives complex images; a real one acts on both parts of complex images alike. dtype and device follow the input.
+
+    The kernel is trained by its real numbers, kept in `weight`: `(k, l)`, or `(k, l, 2)` for a complex one.
+    Source: the convolutional slots of Solomon et al. 2019 (reference 37 of the paper).
+
+    >>> blur = Convolution(torch.tensor([[0.0, 1.0, 0.0], [1.0, 4.0, 1.0], [0.0, 1.0, 0.0]]))
+    >>> blur(torch.eye(2).unsqueeze(0)).detach()
+    tensor([[[4., 2.],
+             [2., 4.]]])
+    """
+
+    def __init__(
+        self, kernel: Tensor, *, upsample: int = 1, boundary: str = "zero", image: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        if boundary not in BOUNDARIES:
+            raise OptionError(f"Convolution: boundary='{boundary}'; {suggest(boundary, BOUNDARIES)}")
+        if kernel.ndim != 2 or min(kernel.shape) < upsample:
+            raise ShapeError(
+                f"Convolution takes a kernel (k, l) with k, l >= upsample = {upsample}, got shape {tuple(kernel.shape)}"
+            )
+        if upsample == 1 and any(k % 2 == 0 for k in kernel.shape):
+            raise ShapeError(
+                f"Convolution: a kernel of even size {tuple(kernel.shape)} has no centre; pad it with zeros"
+            )
+        self.upsample, self.boundary, self.image = upsample, boundary, image
+        start = kernel.detach().clone()
+        self.weight = nn.Parameter(torch.view_as_real(start) if start.is_complex() else start)
+
+    @classmethod
+    def delta(
+        cls, size: int, scale: complex | Tensor = 1.0, *, is_complex: bool = False, dtype: Any = None, **options: Any
+    ) -> "Convolution":
+        """The kernel `(size, size)` that multiplies by `scale`; options: boundary, image.
+
+        >>> Convolution.delta(3, 2.0)(torch.ones(1, 1, 2)).detach()
+        tensor([[[2., 2.]]])
+        """
+        real = torch.get_default_dtype() if dtype is None else dtype
+        kernel = torch.zeros(size, size, dtype=real.to_complex() if is_complex else real)
+        kernel[size // 2, size // 2] = scale
+        return cls(kernel, **options)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        W: Tensor,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        size: int | None = None,
+        boundary: str = "zero",
+        exact: bool = True,
+    ) -> "Convolution":
+        """The convolution that a matrix W `(H W, h w)` is, its kernel read from the response to the middle pixel.
+
+        inputs `(h, w)`, outputs `(H, W)` with H = r h, W = r w; pixels row by row. size: of the kernel, by default as
+        small as holds the response. OptionError where W is no convolution, or where it needs a larger
+        kernel, unless exact=False: then the kernel stands for its action at the middle of the image.
+        """
+        factor = _factor(W, inputs, outputs)
+        middle = (inputs[0] // 2, inputs[1] // 2)
+        column = W.reshape(*outputs, *inputs)[:, :, middle[0], middle[1]]
+        spans = _spans(column, middle, factor, size, boundary)
+        rows, columns = (torch.tensor([p % side for p in span]) for span, side in zip(spans, outputs))
+        kept = [torch.tensor(_inside(span, side, boundary)) for span, side in zip(spans, outputs)]
+        kernel = column[rows][:, columns] * (kept[0][:, None] & kept[1])
+        found = cls(kernel, upsample=factor, boundary=boundary)
+        if exact:
+            _require_equal(found, W, inputs)
+        return found
+
+    @property
+    def kernel(self) -> Tensor:
+        """The kernel `(k, l)`."""
+        return torch.view_as_complex(self.weight) if self.weight.ndim == 3 else self.weight
+
+    def adjoint(self) -> "Convolution":
+        """The convolution with the conjugate kernel turned around, for upsample = 1 the adjoint of this map."""
+        if self.upsample != 1:
+            raise OptionError(f"adjoint: upsample = {self.upsample} has an adjoint that is no Convolution")
+        kernel = self.kernel.detach().flip(0, 1).conj().resolve_conj()
+        return Convolution(kernel, boundary=self.boundary, image=self.image)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Images `(B, r h, r w)`, or with `image` pixels `(B, r h r w)` or `(B, r h r w, q)`."""
+        if self.image is None:
+            if v.ndim != 3:
+                raise ShapeError(f"Convolution takes images (B, h, w), got shape {tuple(v.shape)}; see image=(h, w)")
+            return self._convolve(v.unsqueeze(1)).squeeze(1)
+        h, w = self.image
+        if v.ndim not in (2, 3) or v.shape[1] != h * w:
+            raise ShapeError(
+                f"Convolution of {h} x {w} images takes pixels (B, {h * w}) or (B, {h * w}, q), got {tuple(v.shape)}"
+            )
+        if v.ndim == 2:
+            return self._convolve(v.reshape(len(v), 1, h, w)).flatten(1)
+        frames = v.mT.reshape(len(v), v.shape[2], h, w)
+        return self._convolve(frames).flatten(2).mT
+
+    def extra_repr(self) -> str:
+        """Shape of the kernel and options."""
+        kind = "complex " if self.weight.ndim == 3 else ""
+        return f"{kind}kernel {tuple(self.weight.shape[:2])}, upsample={self.upsample}, boundary={self.boundary}"
+
+    def _convolve(self, v: Tensor) -> Tensor:
+        """Images `(B, q, h, w)`, all with the same kernel."""
+        B, q, h, w = v.shape
+        real = v.real.dtype
+        weight = self.weight.to(v.device, real)
+        if weight.ndim == 2 and not v.is_complex():
+            return self._real(v.reshape(B * q, 1, h, w), weight[None, None]).reshape(B, q, *self._grown(h, w))
+        if weight.ndim == 2:
+            parts = torch.view_as_real(v).movedim(-1, 2).reshape(B * q * 2, 1, h, w)
+            result = self._real(parts, weight[None, None]).reshape(B, q, 2, *self._grown(h, w))
+        else:
+            a, b = weight.unbind(-1)
+            table = torch.stack([torch.stack([a, b]), torch.stack([-b, a])])  # input part x output part
+            parts = torch.view_as_real(v).movedim(-1, 2).reshape(B * q, 2, h, w) if v.is_complex() else None
+            parts = v.reshape(B * q, 1, h, w) if parts is None else parts
+            result = self._real(parts, table[: parts.shape[1]]).reshape(B, q, 2, *self._grown(h, w))
+        return torch.view_as_complex(result.movedim(2, -1).contiguous())
+
+    def _grown(self, h: int, w: int) -> tuple[int, int]:
+        return self.upsample * h, self.upsample * w
+
+    def _real(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Real images `(N, C, h, w)` by kernels `(C, D, k, l)` to `(N, D, r h, r w)`."""
+        (h, w), (k, l), r = v.shape[2:], weight.shape[2:], self.upsample
+        if self.boundary == "zero" and r == 1:
+            return nn.functional.conv2d(v, weight.transpose(0, 1).flip(2, 3), padding=(k // 2, l // 2))
+        margin = [0, 0]
+        if self.boundary == "circular":
+            margin = [-(-size // r) for size in (k, l)]
+            rows, columns = ((torch.arange(-m, n + m, device=v.device) % n) for m, n in zip(margin, (h, w)))
+            v = v[:, :, rows][..., columns]
+        full = nn.functional.conv_transpose2d(v, weight, stride=r)
+        top, left = (r * m + (size - r) // 2 for m, size in zip(margin, (k, l)))
+        return full[:, :, top : top + r * h, left : left + r * w]
+
+
+def _factor(W: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    """How much larger the output images are."""
+    if len(inputs) != 2 or len(outputs) != 2:
+        raise ShapeError(f"a convolution maps images to images, but here shape {inputs} is mapped to {outputs}")
+    factor = outputs[0] // max(inputs[0], 1)
+    if factor < 1 or outputs != (factor * inputs[0], factor * inputs[1]):
+        raise ShapeError(f"images {outputs} are no whole multiple of images {inputs}; use free() for a full matrix")
+    if tuple(W.shape) != (outputs[0] * outputs[1], inputs[0] * inputs[1]):
+        raise ShapeError(f"a matrix from images {inputs} to {outputs} has not the shape {tuple(W.shape)}")
+    return factor
+
+
+def _spans(column: Tensor, middle: tuple[int, int], factor: int, size: int | None, boundary: str) -> list[range]:
+    """Output rows and columns under the kernel of the middle pixel."""
+    spans = []
+    used = column.abs() > EXACT * column.abs().max()
+    for axis in range(2):
+        at, side = factor * middle[axis], column.shape[axis]
+        length = size
+        if length is None:
+            offsets = used.any(1 - axis).nonzero().flatten() - at
+            if boundary == "circular":  # the nearer way round
+                offsets = (offsets + side // 2) % side - side // 2
+            low, high = (int(offsets.min()), int(offsets.max())) if len(offsets) else (0, 0)
+            length = max(factor, factor + 2 * max(-low, high - factor + 1))
+        start = at - (length - factor) // 2
+        spans.append(range(start, start + length))
+    return spans
+
+
+def _inside(span: range, side: int, boundary: str) -> list[bool]:
+    """Places of a window to be read: not beyond a zero boundary, and round a circle no pixel twice."""
+    circular = boundary == "circular"
+    return [k < side if circular else 0 <= place < side for k, place in enumerate(span)]
+
+
+def _require_equal(found: Convolution, W: Tensor, inputs: tuple[int, ...]) -> None:
+    """OptionError where the convolution and the matrix act differently on random images."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(4, *inputs, generator=generator, dtype=torch.float64).to(W.dtype)
+    expected = probes.flatten(1) @ W.mT
+    with torch.no_grad():
+        away = (found(probes).flatten(1) - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
+    if away > EXACT:
+        raise OptionError(
+            f"the matrix is no convolution with a kernel {tuple(found.kernel.shape)} and boundary='{found.boundary}': "
+            f"it differs by {away.item():.1e} relative. Take the boundary that the problem declares; near a rim "
+            "of zeros A'A is none: convolve W1 alone then, or pass exact=False to start close to the problem"
+        )
