@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
 from convexlearn.errors import OptionError, ShapeError, suggest
@@ -108,16 +109,15 @@ class Convolution(nn.Module):
         if self.image is None:
             if v.ndim != 3:
                 raise ShapeError(f"Convolution takes images (B, h, w), got shape {tuple(v.shape)}; see image=(h, w)")
-            return self._convolve(v.unsqueeze(1)).squeeze(1)
+            return self._convolve(v.unsqueeze(-1)).squeeze(-1)
         h, w = self.image
         if v.ndim not in (2, 3) or v.shape[1] != h * w:
             raise ShapeError(
                 f"Convolution of {h} x {w} images takes pixels (B, {h * w}) or (B, {h * w}, q), got {tuple(v.shape)}"
             )
-        if v.ndim == 2:
-            return self._convolve(v.reshape(len(v), 1, h, w)).flatten(1)
-        frames = v.mT.reshape(len(v), v.shape[2], h, w)
-        return self._convolve(frames).flatten(2).mT
+        return self._convolve(v.reshape(len(v), h, w, *v.shape[2:], *[1] * (3 - v.ndim))).reshape(
+            len(v), h * w * self.upsample**2, *v.shape[2:]
+        )
 
     def extra_repr(self) -> str:
         """Shape of the kernel and options."""
@@ -125,39 +125,23 @@ class Convolution(nn.Module):
         return f"{kind}kernel {tuple(self.weight.shape[:2])}, upsample={self.upsample}, boundary={self.boundary}"
 
     def _convolve(self, v: Tensor) -> Tensor:
-        """Images `(B, q, h, w)`, all with the same kernel."""
-        B, q, h, w = v.shape
-        real = v.real.dtype
-        weight = self.weight.to(v.device, real)
-        if weight.ndim == 2 and not v.is_complex():
-            return self._real(v.reshape(B * q, 1, h, w), weight[None, None]).reshape(B, q, *self._grown(h, w))
-        if weight.ndim == 2:
-            parts = torch.view_as_real(v).movedim(-1, 2).reshape(B * q * 2, 1, h, w)
-            result = self._real(parts, weight[None, None]).reshape(B, q, 2, *self._grown(h, w))
-        else:
-            a, b = weight.unbind(-1)
-            table = torch.stack([torch.stack([a, b]), torch.stack([-b, a])])  # input part x output part
-            parts = torch.view_as_real(v).movedim(-1, 2).reshape(B * q, 2, h, w) if v.is_complex() else None
-            parts = v.reshape(B * q, 1, h, w) if parts is None else parts
-            result = self._real(parts, table[: parts.shape[1]]).reshape(B, q, 2, *self._grown(h, w))
-        return torch.view_as_complex(result.movedim(2, -1).contiguous())
-
-    def _grown(self, h: int, w: int) -> tuple[int, int]:
-        return self.upsample * h, self.upsample * w
-
-    def _real(self, v: Tensor, weight: Tensor) -> Tensor:
-        """Real images `(N, C, h, w)` by kernels `(C, D, k, l)` to `(N, D, r h, r w)`."""
-        (h, w), (k, l), r = v.shape[2:], weight.shape[2:], self.upsample
-        if self.boundary == "zero" and r == 1:
-            return nn.functional.conv2d(v, weight.transpose(0, 1).flip(2, 3), padding=(k // 2, l // 2))
-        margin = [0, 0]
-        if self.boundary == "circular":
-            margin = [-(-size // r) for size in (k, l)]
-            rows, columns = ((torch.arange(-m, n + m, device=v.device) % n) for m, n in zip(margin, (h, w)))
-            v = v[:, :, rows][..., columns]
-        full = nn.functional.conv_transpose2d(v, weight, stride=r)
-        top, left = (r * m + (size - r) // 2 for m, size in zip(margin, (k, l)))
-        return full[:, :, top : top + r * h, left : left + r * w]
+        """Images `(B, h, w, q)`, all with the same kernel, by the fast Fourier transform."""
+        r, kernel = self.upsample, self.kernel.to(device=v.device)
+        if r > 1:
+            spread = v.new_zeros(len(v), v.shape[1], r, v.shape[2], r, v.shape[3])
+            spread[:, :, 0, :, 0] = v
+            v = spread.reshape(len(v), r * v.shape[1], r * v.shape[2], v.shape[3])
+        sides = (v.shape[1], v.shape[2])
+        zero = self.boundary == "zero"
+        size = [next_fast_len(side + k - 1) if zero else side for side, k in zip(sides, kernel.shape)]
+        places = [(torch.arange(k, device=v.device) - (k - r) // 2) % n for k, n in zip(kernel.shape, size)]
+        where = (places[0][:, None], places[1])
+        is_complex = v.is_complex() or kernel.is_complex()
+        dtype = v.dtype.to_complex() if kernel.is_complex() else v.dtype.to_real()
+        response = torch.zeros(size, dtype=dtype, device=v.device).index_put(where, kernel.to(dtype), accumulate=True)
+        forward, backward = (torch.fft.fftn, torch.fft.ifftn) if is_complex else (torch.fft.rfftn, torch.fft.irfftn)
+        product = forward(response).unsqueeze(-1) * forward(v, s=size, dim=(1, 2))
+        return backward(product, s=size, dim=(1, 2))[:, : sides[0], : sides[1]]
 
 
 def _factor(W: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
