@@ -8,17 +8,19 @@ from torch import Tensor
 TINY = 1e-30
 
 
-def shrink_singular_values(X: Tensor, t: Tensor) -> Tensor:
+def shrink_singular_values(X: Tensor, t: Tensor, *, relative: bool = False) -> Tensor:
     """U (S - t)_+ V^H of X = U S V^H `(..., m, n)`, real or complex, with t >= 0 of shape `(...)`.
 
-    The proximal map of t times the nuclear norm (Cai, Candes, Shen 2010). Its derivative is that of a
-    function of singular values (Lewis, Sendov 2005), so that repeated singular values do no harm.
+    The proximal map of t times the nuclear norm (Cai, Candes, Shen 2010). relative: t counts in units of the largest
+    singular value. The derivative is that of a function of singular values (Lewis, Sendov 2005), so that
+    repeated singular values do no harm.
 
     >>> shrink_singular_values(torch.diag(torch.tensor([3.0, 1.0])), torch.tensor(2.0)).round(decimals=4).abs()
     tensor([[1., 0.],
             [0., 0.]])
     """
-    return _Shrink.apply(X, torch.as_tensor(t, dtype=X.real.dtype, device=X.device).expand(X.shape[:-2]))  # pyright: ignore
+    level = torch.as_tensor(t, dtype=X.real.dtype, device=X.device).expand(X.shape[:-2])
+    return _Shrink.apply(X, level, relative)  # pyright: ignore
 
 
 def positive_part(X: Tensor) -> Tensor:
@@ -42,23 +44,44 @@ def _quotients(f: Tensor, s: Tensor, slope: Tensor, sign: int) -> Tensor:
 
 class _Shrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, X: Tensor, t: Tensor) -> Tensor:
-        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-        f = (s - t.unsqueeze(-1)).clamp(min=0)
-        ctx.save_for_backward(U, s, Vh, f)
+    def forward(ctx: Any, X: Tensor, t: Tensor, relative: bool) -> Tensor:
+        U, s, Vh = _svd(X)
+        unit = s[..., :1] if relative else torch.ones_like(s[..., :1])
+        f = (s - t.unsqueeze(-1) * unit).clamp(min=0)
+        ctx.save_for_backward(U, s, Vh, f, t, unit)
+        ctx.relative = relative
         return (U * f.unsqueeze(-2)) @ Vh
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        U, s, Vh, f = ctx.saved_tensors
+        U, s, Vh, f, t, unit = ctx.saved_tensors
         (G,), V, slope = gradients, Vh.mH, (f > 0).to(s)
-        M = U.mH @ G @ V
+        UG, GV = U.mH @ G, G @ V
+        M = UG @ V
         even, odd = (M + M.mH) / 2, (M - M.mH) / 2
         inner = _quotients(f, s, slope, -1) * even + _quotients(f, s, slope, 1) * odd
+        level = -(slope * M.diagonal(dim1=-2, dim2=-1).real).sum(-1)  # of the threshold in absolute units
+        if ctx.relative:  # which moves with the largest singular value
+            inner[..., 0, 0] += t * level
         outer = torch.where(s > TINY, f / s.clamp(min=TINY), slope).unsqueeze(-2)
-        left, right = (G @ V - U @ M) * outer, outer.mT * (U.mH @ G - M @ Vh)
-        kept = (U * slope.unsqueeze(-2)) @ Vh
-        return U @ inner @ Vh + left @ Vh + U @ right, -(kept.conj() * G).real.sum((-1, -2))
+        left, right = (GV - U @ M) * outer, outer.mT * (UG - M @ Vh)
+        return U @ (inner @ Vh + right) + left @ Vh, level * unit.squeeze(-1), None
+
+
+def _svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V^H; tall matrices in single precision through X^H X in double precision, at half the time.
+
+    Columns of U for vanishing singular values are zero then, which the derivative takes for the space beyond U.
+    """
+    tall = X.shape[-2] >= 4 * X.shape[-1] and X.real.dtype == torch.float32
+    if not tall:
+        return torch.linalg.svd(X, full_matrices=False)
+    exact = X.to(torch.complex128 if X.is_complex() else torch.float64)
+    powers, V = torch.linalg.eigh(exact.mH @ exact)
+    s, V = powers.clamp(min=0).sqrt().flip(-1), V.flip(-1)
+    inverse = torch.where(s > 1e-7 * s[..., :1], 1 / s, torch.zeros_like(s))
+    V = V.to(X.dtype)
+    return (X @ V) * inverse.to(X.real.dtype).unsqueeze(-2), s.to(X.real.dtype), V.mH
 
 
 class _PositivePart(torch.autograd.Function):

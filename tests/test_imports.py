@@ -46,6 +46,7 @@ layer
 diagnose
 spectral expression_text
 prox convex_prox
+shrinkage
 affine_maps
 terms
 split_instance

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convexlearn.convolution import Convolution
 from convexlearn.errors import CompileError, OptionError, ShapeError, suggest
 from convexlearn.prox import PROXIMABLE
+from convexlearn.shrinkage import SHRINKAGES
 from convexlearn.split_instance import Instance
 from convexlearn.splitting import Split
 
@@ -24,8 +25,8 @@ class Slot:
 
     kind: "positive" (a number), "number" (of either sign), "threshold" (nonnegative, one per weight of the terms),
     "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a
-    name in PROXIMABLE), or "module" (any other module). objective: True for what belongs to the objective (theta^o),
-    False for hyperparameters (theta^h).
+    name in PROXIMABLE or SHRINKAGES), or "module" (any other module). objective: True for what belongs to the
+    objective (theta^o), False for hyperparameters (theta^h).
     """
 
     name: str
@@ -231,9 +232,10 @@ class Iteration(ABC):
         for name, value in values.items():
             slot = self.slot(name)
             if isinstance(value, str):
-                if slot.kind != "prox" or value not in PROXIMABLE:
-                    raise OptionError(f"slot '{name}': no proximal map '{value}'; {suggest(value, PROXIMABLE)}")
-                value = PROXIMABLE[value].prox
+                table = {**{key: entry.prox for key, entry in PROXIMABLE.items()}, **SHRINKAGES}
+                if slot.kind != "prox" or value not in table:
+                    raise OptionError(f"slot '{name}': no proximal map or shrinkage '{value}'; {suggest(value, table)}")
+                value = table[value]
             elif not callable(value):
                 value = _number(slot, value)
             elif slot.kind in ("positive", "threshold", "number"):
