@@ -1,5 +1,6 @@
 """Convolution with one trainable kernel: what fills a matrix slot where decisions are images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,14 +111,17 @@ class Convolution(nn.Module):
             if v.ndim != 3:
                 raise ShapeError(f"Convolution takes images (B, h, w), got shape {tuple(v.shape)}; see image=(h, w)")
             return self._convolve(v.unsqueeze(-1)).squeeze(-1)
-        h, w = self.image
+        frames = self.frames(v)
+        return self._convolve(frames).reshape(len(v), frames[0, ..., 0].numel() * self.upsample**2, *v.shape[2:])
+
+    def frames(self, v: Tensor) -> Tensor:
+        """Pixels `(B, h w)` or `(B, h w, q)` as images `(B, h, w, q)`."""
+        h, w = self.image or (0, 0)
         if v.ndim not in (2, 3) or v.shape[1] != h * w:
             raise ShapeError(
                 f"Convolution of {h} x {w} images takes pixels (B, {h * w}) or (B, {h * w}, q), got {tuple(v.shape)}"
             )
-        return self._convolve(v.reshape(len(v), h, w, *v.shape[2:], *[1] * (3 - v.ndim))).reshape(
-            len(v), h * w * self.upsample**2, *v.shape[2:]
-        )
+        return v.reshape(len(v), h, w, *v.shape[2:], *[1] * (3 - v.ndim))
 
     def extra_repr(self) -> str:
         """Shape of the kernel and options."""
@@ -126,22 +130,66 @@ class Convolution(nn.Module):
 
     def _convolve(self, v: Tensor) -> Tensor:
         """Images `(B, h, w, q)`, all with the same kernel, by the fast Fourier transform."""
-        r, kernel = self.upsample, self.kernel.to(device=v.device)
+        r, sides = self.upsample, (self.upsample * v.shape[1], self.upsample * v.shape[2])
         if r > 1:
             spread = v.new_zeros(len(v), v.shape[1], r, v.shape[2], r, v.shape[3])
             spread[:, :, 0, :, 0] = v
-            v = spread.reshape(len(v), r * v.shape[1], r * v.shape[2], v.shape[3])
-        sides = (v.shape[1], v.shape[2])
-        zero = self.boundary == "zero"
-        size = [next_fast_len(side + k - 1) if zero else side for side, k in zip(sides, kernel.shape)]
-        places = [(torch.arange(k, device=v.device) - (k - r) // 2) % n for k, n in zip(kernel.shape, size)]
-        where = (places[0][:, None], places[1])
-        is_complex = v.is_complex() or kernel.is_complex()
-        dtype = v.dtype.to_complex() if kernel.is_complex() else v.dtype.to_real()
-        response = torch.zeros(size, dtype=dtype, device=v.device).index_put(where, kernel.to(dtype), accumulate=True)
-        forward, backward = (torch.fft.fftn, torch.fft.ifftn) if is_complex else (torch.fft.rfftn, torch.fft.irfftn)
-        product = forward(response).unsqueeze(-1) * forward(v, s=size, dim=(1, 2))
+            v = spread.reshape(len(v), *sides, v.shape[3])
+        size = self.grid(sides)
+        full = v.is_complex() or self.weight.ndim == 3
+        forward, backward = (torch.fft.fftn, torch.fft.ifftn) if full else (torch.fft.rfftn, torch.fft.irfftn)
+        product = forward(self.response(size, v)).unsqueeze(-1) * forward(v, s=size, dim=(1, 2))
         return backward(product, s=size, dim=(1, 2))[:, : sides[0], : sides[1]]
+
+    def grid(self, sides: tuple[int, int]) -> list[int]:
+        """Size of the periodic grid for images of `sides`: larger by the kernel where zeros lie beyond."""
+        zero = self.boundary == "zero"
+        return [next_fast_len(side + k - 1) if zero else side for side, k in zip(sides, self.weight.shape)]
+
+    def response(self, size: list[int], like: Tensor) -> Tensor:
+        """The kernel on a periodic grid, in the precision of `like`."""
+        r, kernel = self.upsample, self.kernel
+        dtype = like.dtype.to_complex() if kernel.is_complex() else like.dtype.to_real()
+        places = [(torch.arange(k, device=like.device) - (k - r) // 2) % n for k, n in zip(kernel.shape, size)]
+        zeros = torch.zeros(size, dtype=dtype, device=like.device)
+        return zeros.index_put((places[0][:, None], places[1]), kernel.to(zeros), accumulate=True)
+
+
+class JointConvolution:
+    """Sums of convolutions of several movies by kernels of one size, at one transform per movie and per sum.
+
+    table: rows are sums, columns movies; all convolutions have the same size, boundary and image, and upsample 1.
+
+    >>> twice, thrice = (Convolution.delta(3, scale, image=(1, 2)) for scale in (2.0, 3.0))
+    >>> [found] = JointConvolution([[twice, thrice]])([torch.ones(1, 2), torch.ones(1, 2)])
+    >>> found.detach()
+    tensor([[5., 5.]])
+    """
+
+    def __init__(self, table: Sequence[Sequence[Convolution]]) -> None:
+        self.table = table
+
+    @staticmethod
+    def fits(modules: Sequence[Any]) -> bool:
+        """True where all modules are convolutions alike in all but their numbers."""
+        if not all(isinstance(m, Convolution) and m.image is not None and m.upsample == 1 for m in modules):
+            return False
+        return len({(tuple(m.weight.shape), m.boundary, m.image) for m in modules}) == 1
+
+    def __call__(self, movies: Sequence[Tensor]) -> list[Tensor]:
+        """The sums, each as large as a movie `(B, h w)` or `(B, h w, q)`."""
+        first = self.table[0][0]
+        frames = [first.frames(v) for v in movies]
+        sides = (frames[0].shape[1], frames[0].shape[2])
+        size = first.grid(sides)
+        spectra = [torch.fft.fftn(v, s=size, dim=(1, 2)) for v in frames]
+        found = []
+        for row in self.table:
+            terms = (torch.fft.fftn(m.response(size, v)).unsqueeze(-1) * v for m, v in zip(row, spectra))
+            image = torch.fft.ifftn(sum(terms), s=size, dim=(1, 2))[:, : sides[0], : sides[1]]  # pyright: ignore
+            image = image if movies[0].is_complex() or first.weight.ndim == 3 else image.real
+            found.append(image.reshape(movies[0].shape))
+        return found
 
 
 def _factor(W: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.signal import convolve2d
 
-from convexlearn.convolution import Convolution
+from convexlearn.convolution import Convolution, JointConvolution
 from convexlearn.errors import OptionError, ShapeError
 from convexlearn.iterations.admm import ADMM
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA
@@ -152,3 +152,25 @@ def test_the_coupled_form_upsamples_the_residual(vector):
     net = Unfolded(iteration, 4, untie=["W1", "threshold"])
     torch.testing.assert_close(net(x), Unfolded(ISTA(parts), 4)(x), rtol=0, atol=1e-12)
     assert net.W1[0].kernel.shape == (6, 6)  # pyright: ignore
+
+
+@pytest.mark.parametrize("boundary", ["zero", "circular"])
+@pytest.mark.parametrize("kinds", [(False, False), (True, False), (False, True), (True, True)])
+def test_joint_convolutions_equal_their_sum(boundary, kinds):
+    table = [
+        [
+            Convolution(draw(3, 5, is_complex=kinds[0], seed=2 * i + j), boundary=boundary, image=(4, 5))
+            for j in range(2)
+        ]
+        for i in range(3)
+    ]
+    movies = [draw(2, 20, 3, is_complex=kinds[1], seed=7 + j) for j in range(2)]
+    assert JointConvolution.fits([m for row in table for m in row])
+    for row, found in zip(table, JointConvolution(table)(movies)):
+        torch.testing.assert_close(found, row[0](movies[0]) + row[1](movies[1]), rtol=0, atol=1e-13)
+
+
+def test_convolutions_that_differ_are_not_joined():
+    one = Convolution(draw(3, 3), image=(4, 5))
+    others = [Convolution(draw(5, 5), image=(4, 5)), Convolution(draw(3, 3)), torch.nn.Identity(), None]
+    assert not any(JointConvolution.fits([one, other]) for other in others)

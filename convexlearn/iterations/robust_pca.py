@@ -1,14 +1,14 @@
 """Robust principal component analysis: low rank plus sparse (Candes et al. 2011), and its unfolding (CORONA)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convexlearn.convolution import Convolution
+from convexlearn.convolution import Convolution, JointConvolution
 from convexlearn.errors import CompileError, OptionError, suggest
 from convexlearn.iterations.base import Iteration, Layer, Slot
 from convexlearn.iterations.proximal_gradient import FISTA, ISTA, State
@@ -84,9 +84,7 @@ class RobustPCA(ISTA):
         if given.get("threshold") is not None:
             thresholds = self.split_threshold(given["threshold"], thresholds)
         D = instance.y.reshape(instance.batch, *instance.y_shape)
-        scales = factors(step)
-        products: list[Any] = [given.get(name) or (lambda v, c=c: c * v) for name, c in zip(PRODUCTS, scales)]
-        drive = products[0](D), products[1](D)
+        inner = inner_sums([given.get(name) for name in PRODUCTS], D, step)
         shrinks: list[Any] = [given.get(name) for name in ("low_rank_prox", "sparse_prox")]
 
         def shrink(k: int, v: Tensor) -> Tensor:
@@ -94,10 +92,8 @@ class RobustPCA(ISTA):
             return term.entry.prox(v, term.fit(t), **term.data) if own is None else own(v, t)
 
         def advance(state: State) -> State:
-            L, S = self.unstack(state.z)
-            low_rank = shrink(0, drive[0] + products[2](S) + products[4](L))
-            sparse = shrink(1, drive[1] + products[3](S) + products[5](L))
-            return State(self.stack((low_rank, sparse)))
+            found = (shrink(k, v) for k, v in enumerate(inner(*self.unstack(state.z))))
+            return State(self.stack(tuple(found)))
 
         return advance
 
@@ -145,6 +141,16 @@ class RobustPCA(ISTA):
 def factors(step: Any) -> tuple[Any, ...]:
     """W1 to W6 of proximal gradient."""
     return step, step, -step, 1 - step, 1 - step, -step
+
+
+def inner_sums(modules: list[Any], D: Tensor, step: Any) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
+    """(L, S) -> what is thresholded, W1 D + W3 S + W5 L and W2 D + W4 S + W6 L."""
+    if JointConvolution.fits(modules):
+        joint = JointConvolution([modules[0::2], modules[1::2]])
+        return lambda L, S: joint([D, S, L])
+    W = [module or (lambda v, c=c: c * v) for module, c in zip(modules, factors(step))]
+    drive = W[0](D), W[1](D)
+    return lambda L, S: (drive[0] + W[2](S) + W[4](L), drive[1] + W[3](S) + W[5](L))
 
 
 __all__ = ["FISTA", "RobustPCA", "principal_component_pursuit", "robust_pca"]
