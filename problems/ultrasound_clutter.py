@@ -1,7 +1,7 @@
 """Clutter removal in contrast-enhanced ultrasound (Fig. 6): robust PCA, unfolded with convolutions as in CORONA."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cvxpy as cp
@@ -16,12 +16,13 @@ from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Refe
 from convexlearn.problems.fitting import gradient, grid
 from convexlearn.problems.ultrasound_clutter_figures import figures
 from convexlearn.problems.ultrasound_movies import Movies
-from convexlearn.randomness import make_generator
+from convexlearn.randomness import derive_seed, make_generator
 from convexlearn.rules.base import as_rule
 from convexlearn.rules.iterative import Unfolded
 from convexlearn.simulate.base import Trajectory, not_finite
 from convexlearn.simulate.pairs import Pairs
 from convexlearn.splitting import Split, split
+from convexlearn.tune import History
 
 WEIGHTS = {"low_rank": 1.0, "sparse": 0.03}
 """Where the search for the weights of robust PCA begins."""
@@ -39,7 +40,7 @@ class Setting:
     pixels: int = 32
     frames: int = 20
     noise: float = 0.1
-    motion: float = 0.5
+    motion: float = 1.0
     kernel: int = 5
     iterations: int = 50
     grouped: bool = False
@@ -155,6 +156,45 @@ def unfolded(parts: Split, layers: int, setting: Setting) -> Unfolded:
     )
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: the first `depth` layers, on movies of `pixels` x `pixels`, for `steps` steps."""
+
+    depth: int
+    pixels: int
+    steps: int
+    rate: float
+
+
+def staged(movies: Movies, setting: Setting, stages: Sequence[Stage]) -> Callable[[Any, Budget], History]:
+    """Train stage by stage, on new movies at every step; layers that follow start as the last one trained.
+
+    Kernels and relative thresholds do not depend on the size of the picture, so that small movies do at first.
+    """
+
+    def fit(rule: Any, budget: Budget) -> History:
+        history = History()
+        for number, stage in enumerate(stages):
+            small = replace(setting, pixels=min(stage.pixels, setting.pixels))
+            net: Any = unfolded(declare(small.pixels, small.frames, False)[1], rule.layers, small).float()
+            net.load_state_dict(rule.state_dict())
+            depth = min(stage.depth, rule.layers)
+            own = replace(budget, seed=derive_seed(budget.seed, number))
+            scanner = Scanner(replace(movies, pixels=small.pixels))
+            train = gradient(scanner, error, steps=stage.steps, learning_rate=stage.rate, batch_size=8)
+            history = train(net.truncated(depth), own)
+            for name in PRODUCTS:
+                for later in getattr(net, name)[depth:]:
+                    later.load_state_dict(getattr(net, name)[depth - 1].state_dict())
+            levels = net.threshold.detach().clone()
+            levels[depth:] = levels[depth - 1]
+            net.threshold = levels
+            rule.load_state_dict(net.state_dict())
+        return history
+
+    return fit
+
+
 def search(train: Pairs, evaluations: int) -> Callable[[Any, Budget], list[dict[str, float]]]:
     """Fit both weights: from WEIGHTS to the best of four neighbours, whose distance is halved where none is better."""
 
@@ -183,28 +223,30 @@ def search(train: Pairs, evaluations: int) -> Callable[[Any, Budget], list[dict[
     return fit
 
 
+SHALLOW = (Stage(2, 16, 300, 1e-2), Stage(3, 16, 600, 1e-2), Stage(3, 32, 300, 3e-3))
+DEEP = (*SHALLOW[:2], Stage(6, 16, 300, 5e-3), Stage(10, 16, 400, 5e-3), Stage(10, 32, 150, 2e-3))
+"""How the networks of three and ten layers are trained."""
+
+
 def build(seed: int, setting: Setting) -> Study:
     """Draw the test movies from `seed` and set up the rules at their start values."""
     movies = Movies(setting.pixels, setting.frames, noise=setting.noise, motion=setting.motion)
-    scanner = Scanner(movies)
     train = HeldOut(movies, 16, make_generator(seed, "grid"))
     test = HeldOut(movies, setting.tests, make_generator(seed, "test"))
     problem, parts = declare(setting.pixels, setting.frames, setting.grouped)
 
-    def learned(steps: int, rate: float) -> Any:
-        return gradient(scanner, error, steps=steps, learning_rate=rate, batch_size=8)
-
     def itself(rule: Any) -> Any:
         return rule
 
+    plain = gradient(Scanner(movies), error, steps=500, learning_rate=2e-3, batch_size=8)
     ranks: Any = torch.arange(1.0, min(6, setting.frames)).numpy()
     contenders = {
         "SVD filter": Contender(SingularValueFilter(), grid(train, error, itself, "rank", ranks)),
         "ISTA-10": Contender(Unfolded(RobustPCA(parts), 10)),
         "FISTA": Contender(Unfolded(FISTA(parts), setting.iterations, learn=list(WEIGHTS)), search(train, 40)),
-        "network": Contender(FrameNetwork(setting.pixels, setting.frames, seed=seed), learned(500, 2e-3)),
-        "unfolded-3": Contender(unfolded(parts, 3, setting), learned(900, 5e-3)),
-        "unfolded-10": Contender(unfolded(parts, 10, setting), learned(700, 3e-3)),
+        "network": Contender(FrameNetwork(setting.pixels, setting.frames, seed=seed), plain),
+        "unfolded-3": Contender(unfolded(parts, 3, setting), staged(movies, setting, SHALLOW)),
+        "unfolded-10": Contender(unfolded(parts, 10, setting), staged(movies, setting, DEEP)),
     }
     for contender in contenders.values():
         contender.rule.float()

@@ -15,6 +15,9 @@ INTERVAL = 0.01
 WIDTHS = (0.14 / PIXEL, 0.32 / PIXEL)
 """Standard deviations of the point-spread function in pixels, down and across."""
 
+TEXTURE = tuple(math.hypot(3.0, width) for width in WIDTHS)
+"""Of tissue: noise low-passed to 3 pixels, then seen through the point-spread function."""
+
 DENSITY = 130.0
 """Most bubbles per square centimetre; a movie's own density is uniform between none and this."""
 
@@ -38,7 +41,7 @@ class Movies:
     frames: int = 20
     tissue: float = 1.4
     noise: float = 0.1
-    motion: float = 0.5
+    motion: float = 1.0
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """D and (L, S), complex64 `(count, pixels * pixels, frames)`: a pixel's course in time is a row.
@@ -80,12 +83,12 @@ class Movies:
     def draw_tissue(self, count: int, generator: torch.Generator) -> Tensor:
         """L `(count, frames, pixels, pixels)`: speckle under five broad envelopes, which moves slowly and pulsates."""
         side = self.pixels + 2 * RIM
-        speckle = _blur(torch.randn(count, side, side, generator=generator, dtype=torch.complex64), (2.0, 3.0))
+        speckle = _blur(torch.randn(count, side, side, generator=generator, dtype=torch.complex64), TEXTURE)
         grid = torch.arange(side, dtype=torch.float32)
         centre, width = (torch.rand(count, 5, 2, generator=generator) for _ in range(2))
         spots = [
             torch.exp(
-                -((grid - side * centre[..., k, None]) ** 2) / (2 * (side * (0.2 + 0.3 * width[..., k, None])) ** 2)
+                -((grid - side * centre[..., k, None]) ** 2) / (2 * (side * (0.07 + 0.11 * width[..., k, None])) ** 2)
             )
             for k in range(2)
         ]
