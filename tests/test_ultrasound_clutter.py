@@ -147,9 +147,9 @@ def test_layers_that_follow_a_stage_start_as_the_last_one_trained():
     rule, start = (clutter.unfolded(parts, 3, SMALL).float() for _ in range(2))
     stages = [clutter.Stage(depth=2, pixels=6, steps=3, rate=1e-2)]
     clutter.staged(Movies(pixels=8, frames=6), SMALL, stages)(rule, Budget())
-    first, second, third = rule.W4  # pyright: ignore
+    first, second, third = rule.W1  # pyright: ignore
     assert torch.equal(third.weight, second.weight)
     assert not torch.equal(second.weight, first.weight)
-    assert not torch.equal(first.weight, start.W4[0].weight)  # pyright: ignore
+    assert not torch.equal(first.weight, start.W1[0].weight)  # pyright: ignore
     assert torch.equal(rule.threshold[1], rule.threshold[2])
     assert not torch.equal(rule.threshold[0], rule.threshold[1])
