@@ -40,7 +40,7 @@ class Setting:
     pixels: int = 32
     frames: int = 20
     noise: float = 0.1
-    motion: float = 1.0
+    motion: float = 1.15
     kernel: int = 5
     iterations: int = 50
     grouped: bool = False

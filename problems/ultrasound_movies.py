@@ -22,7 +22,7 @@ DENSITY = 130.0
 """Most bubbles per square centimetre; a movie's own density is uniform between none and this."""
 
 SPEED = 24.0 * INTERVAL / PIXEL
-"""Mean speed of bubbles in pixels per frame; their speeds are SPEED times the positive part of N(1, 1)."""
+"""Unit of speed in pixels per frame: a bubble's own, constant speed is SPEED times N(1, 1), given that it is positive."""
 
 RIM = 8
 """Pixels beyond each side of the picture that still matter."""
@@ -41,7 +41,7 @@ class Movies:
     frames: int = 20
     tissue: float = 1.4
     noise: float = 0.1
-    motion: float = 1.0
+    motion: float = 1.15
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """D and (L, S), complex64 `(count, pixels * pixels, frames)`: a pixel's course in time is a row.
@@ -66,7 +66,9 @@ class Movies:
         share = torch.rand(count, 1, generator=generator)
         shown = torch.rand(count, most, generator=generator) < share
         start = side * torch.rand(count, most, 1, 2, generator=generator)
-        speed = SPEED * (1 + torch.randn(count, most, 1, generator=generator)).clamp(min=0)
+        above = torch.rand(count, most, 1, generator=generator, dtype=torch.float64)
+        still = 0.15865525393145707  # share of N(1, 1) below zero
+        speed = SPEED * (1 + torch.special.ndtri(still + (1 - still) * above)).float()
         turns = (torch.rand(count, most, self.frames, generator=generator) - 0.5) * math.pi / 3
         angle = 2 * math.pi * torch.rand(count, most, 1, generator=generator) + turns.cumsum(2)
         moves = speed.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
