@@ -22,7 +22,7 @@ DENSITY = 130.0
 """Most bubbles per square centimetre; a movie's own density is uniform between none and this."""
 
 SPEED = 24.0 * INTERVAL / PIXEL
-"""Unit of speed in pixels per frame: a bubble's own, constant speed is SPEED times N(1, 1), given that it is positive."""
+"""Unit of speed in pixels per frame: a bubble keeps its own, SPEED times N(1, 1) given that this is positive."""
 
 RIM = 8
 """Pixels beyond each side of the picture that still matter."""
