@@ -30,6 +30,9 @@ WEIGHTS = {"low_rank": 1.0, "sparse": 0.03}
 THRESHOLDS = (0.05, 0.5)
 """At the start of the unfolded network: in units of the largest singular value, and of the mean power."""
 
+IDLE = (0.003, 0.02)
+"""Thresholds of a layer before its training begins."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -156,6 +159,19 @@ def unfolded(parts: Split, layers: int, setting: Setting) -> Unfolded:
     )
 
 
+def idle(net: Any, depth: int) -> None:
+    """Let the layers from `depth` on pass L and S through, with small thresholds."""
+    with torch.no_grad():
+        for name in PRODUCTS:
+            for layer in getattr(net, name)[depth:]:
+                layer.weight.zero_()
+                if name in ("W4", "W5"):
+                    layer.weight[layer.weight.shape[0] // 2, layer.weight.shape[1] // 2, 0] = 1.0
+        levels = net.threshold.clone()
+        levels[depth:] = torch.tensor(IDLE).to(levels)
+        net.threshold = levels
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of the training: the first `depth` layers, on movies of `pixels` x `pixels`, for `steps` steps."""
@@ -167,7 +183,7 @@ class Stage:
 
 
 def staged(movies: Movies, setting: Setting, stages: Sequence[Stage]) -> Callable[[Any, Budget], History]:
-    """Train stage by stage, on new movies at every step; layers that follow start as the last one trained.
+    """Train stage by stage, on new movies at every step; layers that follow start by changing next to nothing.
 
     Kernels and relative thresholds do not depend on the size of the picture, so that small movies do at first.
     """
@@ -183,12 +199,7 @@ def staged(movies: Movies, setting: Setting, stages: Sequence[Stage]) -> Callabl
             scanner = Scanner(replace(movies, pixels=small.pixels))
             train = gradient(scanner, error, steps=stage.steps, learning_rate=stage.rate, batch_size=8)
             history = train(net.truncated(depth), own)
-            for name in PRODUCTS:
-                for later in getattr(net, name)[depth:]:
-                    later.load_state_dict(getattr(net, name)[depth - 1].state_dict())
-            levels = net.threshold.detach().clone()
-            levels[depth:] = levels[depth - 1]
-            net.threshold = levels
+            idle(net, depth)
             rule.load_state_dict(net.state_dict())
         return history
 
