@@ -75,6 +75,8 @@ class HeldOut(Pairs):
 class SingularValueFilter(nn.Module):
     """L is the best approximation of D of a given rank, S the rest: the usual clutter filter."""
 
+    rank: Tensor
+
     def __init__(self, rank: int = 1) -> None:
         super().__init__()
         self.register_buffer("rank", torch.tensor(float(rank)))
@@ -107,7 +109,7 @@ class FrameNetwork(nn.Module):
         )  # fmt: skip
         self.last = make(nn.Conv2d, width, 2 * frames, 3, padding=1)
         initialise(self, seed)
-        nn.init.zeros_(self.last.weight)
+        self.last.weight.data.zero_()  # pyright: ignore
 
     def forward(self, D: Tensor) -> tuple[Tensor, Tensor]:
         """L and S `(B, p, q)`."""

@@ -15,7 +15,7 @@ INTERVAL = 0.01
 WIDTHS = (0.14 / PIXEL, 0.32 / PIXEL)
 """Standard deviations of the point-spread function in pixels, down and across."""
 
-TEXTURE = tuple(math.hypot(3.0, width) for width in WIDTHS)
+TEXTURE = (math.hypot(3.0, WIDTHS[0]), math.hypot(3.0, WIDTHS[1]))
 """Of tissue: noise low-passed to 3 pixels, then seen through the point-spread function."""
 
 DENSITY = 130.0
