@@ -30,7 +30,7 @@ WEIGHTS = {"low_rank": 1.0, "sparse": 0.03}
 THRESHOLDS = (0.05, 0.5)
 """At the start of the unfolded network: in units of the largest singular value, and of the mean power."""
 
-IDLE = (0.003, 0.02)
+IDLE = (0.0005, 0.002)
 """Thresholds of a layer before its training begins."""
 
 
@@ -236,8 +236,8 @@ def search(train: Pairs, evaluations: int) -> Callable[[Any, Budget], list[dict[
     return fit
 
 
-SHALLOW = (Stage(2, 16, 300, 1e-2), Stage(3, 16, 600, 1e-2), Stage(3, 32, 300, 3e-3))
-DEEP = (*SHALLOW[:2], Stage(6, 16, 300, 5e-3), Stage(10, 16, 400, 5e-3), Stage(10, 32, 150, 2e-3))
+SHALLOW = (Stage(2, 16, 200, 1e-2), Stage(3, 16, 500, 1e-2), Stage(3, 32, 450, 3e-3))
+DEEP = (*SHALLOW, Stage(10, 32, 280, 7e-4))
 """How the networks of three and ten layers are trained."""
 
 
@@ -251,7 +251,7 @@ def build(seed: int, setting: Setting) -> Study:
     def itself(rule: Any) -> Any:
         return rule
 
-    plain = gradient(Scanner(movies), error, steps=500, learning_rate=2e-3, batch_size=8)
+    plain = gradient(Scanner(movies), error, steps=300, learning_rate=2e-3, batch_size=8)
     ranks: Any = torch.arange(1.0, min(6, setting.frames)).numpy()
     contenders = {
         "SVD filter": Contender(SingularValueFilter(), grid(train, error, itself, "rank", ranks)),
