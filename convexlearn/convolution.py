@@ -61,7 +61,7 @@ class Convolution(nn.Module):
         """
         real = torch.get_default_dtype() if dtype is None else dtype
         kernel = torch.zeros(size, size, dtype=real.to_complex() if is_complex else real)
-        kernel[size // 2, size // 2] = scale
+        kernel[size // 2, size // 2] = torch.as_tensor(scale)
         return cls(kernel, **options)
 
     @classmethod

@@ -47,7 +47,7 @@ class Setting:
     kernel: int = 5
     iterations: int = 50
     grouped: bool = False
-    tests: int = 24
+    tests: int = 48
 
 
 class Scanner:

@@ -14,7 +14,7 @@ from convexlearn.report import new_axes, plot_records
 TILES = 3
 """The projections show a movie of TILES x TILES pieces, each decided on its own."""
 
-SHOWN = 8
+SHOWN = 4
 """Test movies over which the error after each layer is averaged."""
 
 
