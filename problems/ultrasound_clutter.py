@@ -237,7 +237,7 @@ def search(train: Pairs, evaluations: int) -> Callable[[Any, Budget], list[dict[
 
 
 SHALLOW = (Stage(2, 16, 200, 1e-2), Stage(3, 16, 500, 1e-2), Stage(3, 32, 450, 3e-3))
-DEEP = (*SHALLOW, Stage(10, 32, 280, 7e-4))
+DEEP = (*SHALLOW, Stage(10, 32, 400, 1e-3))
 """How the networks of three and ten layers are trained."""
 
 
