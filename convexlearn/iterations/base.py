@@ -234,7 +234,7 @@ class Iteration(ABC):
             if isinstance(value, str):
                 table = {**{key: entry.prox for key, entry in PROXIMABLE.items()}, **SHRINKAGES}
                 if slot.kind != "prox" or value not in table:
-                    raise OptionError(f"slot '{name}': no proximal map or shrinkage '{value}'; {suggest(value, table)}")
+                    raise OptionError(f"slot '{name}': no proximal map '{value}'; {suggest(value, table)}")
                 value = table[value]
             elif not callable(value):
                 value = _number(slot, value)
