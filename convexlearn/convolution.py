@@ -137,6 +137,9 @@ class Convolution(nn.Module):
             v = spread.reshape(len(v), *sides, v.shape[3])
         size = self.grid(sides)
         full = v.is_complex() or self.weight.ndim == 3
+        if not len(v):  # for which there is no transform
+            dtype = v.dtype.to_complex() if full else v.dtype
+            return v.new_zeros(0, *sides, v.shape[3], dtype=dtype) * self.weight.sum().to(dtype)
         forward, backward = (torch.fft.fftn, torch.fft.ifftn) if full else (torch.fft.rfftn, torch.fft.irfftn)
         product = forward(self.response(size, v)).unsqueeze(-1) * forward(v, s=size, dim=(1, 2))
         return backward(product, s=size, dim=(1, 2))[:, : sides[0], : sides[1]]

@@ -174,3 +174,16 @@ def test_convolutions_that_differ_are_not_joined():
     one = Convolution(draw(3, 3), image=(4, 5))
     others = [Convolution(draw(5, 5), image=(4, 5)), Convolution(draw(3, 3)), torch.nn.Identity(), None]
     assert not any(JointConvolution.fits([one, other]) for other in others)
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_an_empty_batch_stays_empty_and_differentiable(upsample, is_complex):
+    size = 3 if upsample == 1 else 4
+    blur = Convolution(draw(size, size, is_complex=is_complex), upsample=upsample)
+    full, empty = blur(draw(2, 5, 6)), blur(draw(0, 5, 6))
+    assert empty.shape == (0, *full.shape[1:])
+    assert empty.dtype == full.dtype
+    empty.abs().sum().backward()
+    assert blur.weight.grad is not None
+    assert not blur.weight.grad.any()
