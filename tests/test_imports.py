@@ -53,12 +53,13 @@ splitting
 riccati block_tridiagonal
 chain_kernels
 chain
-networks stacked_networks
+networks stacked_networks gain_networks
 iterations.base
 iterations.*
 adjoints
 rules.parameters
 rules.base
+rules.state_filter
 rules.*
 simulate.base simulate.linear_gaussian
 simulate.*
