@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One step: decision `(B, n)`, gain, and the observation's matrix C where the model is linearized."""
+    """One step: decision `(B, n)`, gain, and with the Riccati gain the covariance after the observation."""
 
     decision: Tensor
     gain: Tensor
@@ -140,18 +140,16 @@ class StateFilter(DecisionRule):
 
     def _step(self, belief: Belief, y: Tensor, s: Tensor | None) -> tuple[Update, Belief]:
         """The update by observation y `(B, p)`, and the belief after input s."""
-        C = posterior = covariance = signals = kept = corrected = None
-        if self.gain is None:
-            predicted, C = self.linear_measure(belief.prior)
-        else:
-            predicted = self.measure(belief.prior)
+        posterior = covariance = signals = kept = corrected = None
+        riccati = self.gain is None
+        predicted, C = self.linear_measure(belief.prior) if riccati else (self.measure(belief.prior), None)
         observed = ~torch.isnan(y)
         innovation = torch.where(observed, y - predicted, 0.0)
         if isinstance(self.gain, nn.Module) or self.correction is not None:
             signals = _signals(belief, predicted + innovation, predicted)
         if isinstance(self.gain, nn.Module):
             L, kept = self.gain(signals, belief.gain)
-        elif self.gain is not None:
+        elif not riccati:
             L = self.gain
         else:
             P = self.start_covariance(None, len(y)) if belief.covariance is None else belief.covariance
