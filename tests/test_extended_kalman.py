@@ -179,6 +179,15 @@ def test_gradients_against_central_differences():
             assert abs(parameter.grad[index].item() - difference) < 1e-7 * max(1.0, abs(difference))
 
 
+def test_a_model_that_needs_inputs_gets_them_at_every_step():
+    def driven(z, s):
+        return linear(z, s)
+
+    x, s = randn(1, 3, T, 3), randn(2, 3, T - 1, 1)
+    own = ExtendedKalmanFilter(driven, seen, V, W)(x, s, covariance=P0)
+    torch.testing.assert_close(own, KalmanFilter(A, B, C, V, W)(x, s, covariance=P0), rtol=1e-12, atol=1e-12)
+
+
 def test_mistakes_are_named():
     with pytest.raises(MissingParameterError, match=r"V \(n, n\) and W \(p, p\) are needed"):
         ExtendedKalmanFilter(swing, bob, V)

@@ -138,8 +138,8 @@ class StateFilter(DecisionRule):
     def _start(self, y: Tensor, prior: Tensor, covariance: Tensor | None) -> Belief:
         return Belief(prior, self.start_covariance(covariance, len(y)) if self.gain is None else None)
 
-    def _step(self, belief: Belief, y: Tensor, s: Tensor | None) -> tuple[Update, Belief]:
-        """The update by observation y `(B, p)`, and the belief after input s."""
+    def _step(self, belief: Belief, y: Tensor, s: Tensor | None, last: bool = False) -> tuple[Update, Belief]:
+        """The update by observation y `(B, p)`, and the belief after input s; no prediction after the last one."""
         posterior = covariance = signals = kept = corrected = None
         riccati = self.gain is None
         predicted, C = self.linear_measure(belief.prior) if riccati else (self.measure(belief.prior), None)
@@ -159,7 +159,9 @@ class StateFilter(DecisionRule):
         if self.correction is not None:
             change, corrected = self.correction(signals, mean, belief.correction)
             decision = mean + change.to(mean.dtype)
-        if posterior is None:
+        if last:
+            prior = mean
+        elif posterior is None:
             prior = self.transition(mean, s)
         else:
             prior, A = self.linear_transition(mean, s)
@@ -175,7 +177,7 @@ class StateFilter(DecisionRule):
         for t in range(y.shape[1]):
             s = None if drive is None or t >= drive.shape[1] else drive[:, t]
             beliefs.append(belief)
-            update, belief = self._step(belief, y[:, t], s)
+            update, belief = self._step(belief, y[:, t], s, last=t == y.shape[1] - 1)
             updates.append(update)
         return updates, beliefs
 
