@@ -118,5 +118,5 @@ def _linearized(function: Callable[[Tensor], Tensor], z: Tensor, size: int) -> t
     """function(z) `(B, k)` and its Jacobian `(B, k, n)`: one pass back of k copies of the batch, one per entry."""
     batch = len(z)
     entries = torch.eye(size, dtype=z.dtype, device=z.device).repeat_interleave(batch, 0)
-    value, pull = torch.func.vjp(function, z.repeat(size, 1))
+    value, pull, *_ = torch.func.vjp(function, z.repeat(size, 1))
     return value[:batch], pull(entries)[0].unflatten(0, (size, batch)).transpose(0, 1)
