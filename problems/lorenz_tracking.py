@@ -172,8 +172,8 @@ mse: squared error averaged over coordinates and time; the truth has no process 
 steps of 0.005, while the filters' model freezes the matrix of the flow over a step of 0.02, but for those with RK4""",
     reference=Reference(
         "EKF -6.24 ± 0.3 dB, KalmanNet at most -9.5 dB, and the EKF with an accurate integrator (RK4) and tuned V, W "
-        "at most -15 dB: the learned gain makes up for part of a crude model, a better model for all of it (a recurrent "
-        "network fitted to the same data reaches about -10 dB, unlike the published one with 17.355)",
+        "at most -15 dB: the learned gain makes up for part of a crude model, a better model for all of it (a "
+        "recurrent network fitted to the same data reaches about -10 dB, unlike the published one with 17.355)",
         misses,
     ),
     setting=Setting(),
