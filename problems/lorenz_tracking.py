@@ -113,7 +113,7 @@ def build(seed: int, setting: Setting) -> Study:
         "EKF": Contender(extended(0.15, **taylor).freeze()),
         "EKF, tuned": Contender(extended(0.15, **taylor), fit(40, 0.1, batch_size=20)),
         "EKF, RK4, tuned": Contender(extended(0.15, substeps=1), fit(60, 0.3, batch_size=20)),
-        "KalmanNet": Contender(tracking.Started(network), fit(700, 1e-3, batch_size=32, **decayed)),
+        "KalmanNet": Contender(tracking.Started(network), fit(1200, 1e-3, batch_size=32, **decayed)),
         "RNN": Contender(tracking.Recurrent(3, 3, 64, scale=10.0, seed=seed), fit(700, 3e-3, batch_size=32)),
     }
     return Study(declare(), contenders, Pairs((x, before), z), {"mse": mean_squared_error})
