@@ -6,6 +6,7 @@ from convexlearn.convolution import Convolution
 from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
+from convexlearn.gain_networks import GainSignals, RecurrentGain
 from convexlearn.history import History
 from convexlearn.iterations.admm import ADMM
 from convexlearn.iterations.amp import AMP
@@ -20,6 +21,7 @@ from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.channel_factors import ChannelFactor, LearnedFactor, Trellis
 from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.extended_kalman import ExtendedKalmanFilter
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
@@ -53,6 +55,8 @@ __all__ = [
     "Diagnosis",
     "Domain",
     "Evaluation",
+    "ExtendedKalmanFilter",
+    "GainSignals",
     "History",
     "KalmanFilter",
     "KalmanSmoother",
@@ -63,6 +67,7 @@ __all__ = [
     "PrimalDual",
     "ProximalGradient",
     "ProximalTerm",
+    "RecurrentGain",
     "RobustPCA",
     "Role",
     "Simulator",

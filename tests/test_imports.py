@@ -54,12 +54,13 @@ splitting
 riccati block_tridiagonal
 chain_kernels
 chain
-networks stacked_networks convolution
+networks stacked_networks gain_networks convolution
 iterations.base
 iterations.*
 adjoints
 rules.parameters
 rules.base
+rules.state_filter
 rules.*
 simulate.base simulate.linear_gaussian
 simulate.*

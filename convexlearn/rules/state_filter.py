@@ -1,0 +1,287 @@
+"""One step of a Kalman-type filter, shared by linear and nonlinear models: predict, gain, update, correct."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convexlearn.domains import Domain
+from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError
+from convexlearn.gain_networks import GainSignals
+from convexlearn.riccati import FilterGains, kalman_update
+from convexlearn.rules.base import DecisionRule, as_tuple
+
+
+class Belief(NamedTuple):
+    """Memory between two steps: predicted state `(B, n)` and covariance, and what the modules in slots keep.
+
+    covariance: `(n, n)` shared by the batch, `(B, n, n)`, or None with an own gain.
+    """
+
+    prior: Tensor
+    covariance: Tensor | None = None
+    signals: GainSignals | None = None
+    gain: Any = None
+    correction: Any = None
+
+
+class Moments(NamedTuple):
+    """Filtered means `(B, T, n)`, and the gains and covariances `(B or 1, T, ...)` behind them."""
+
+    mean: Tensor
+    gains: FilterGains
+
+
+class Update(NamedTuple):
+    """One step: decision `(B, n)`, gain, and with the Riccati gain the covariance after the observation."""
+
+    decision: Tensor
+    gain: Tensor
+    posterior: Tensor | None = None
+
+
+class StateFilter(DecisionRule):
+    """What the filters have in common; a subclass says how the state moves and how it is observed.
+
+    Slots. gain: None for the Riccati gain; a tensor `(n, p)`, learned; or a module called at each step as
+    `gain(signals, memory) -> (L (B, n, p), memory)` with GainSignals and memory None at first. features: a
+    module applied to x of one time. correction: a module in parallel, `correction(signals, mean, memory) ->
+    (d (B, n), memory)`, whose d is added to the filtered mean; the filter goes on from the mean without it.
+    """
+
+    V: Tensor
+    W: Tensor
+    gain: Any
+    features: Any
+    correction: Any
+
+    def fill_slots(self, V: Any, W: Any, gain: Any, features: Any, correction: Any) -> None:
+        """Declare V, W and the gain, and keep the modules; after `n` and `p` can be asked for."""
+        owner = type(self).__name__
+        for name, value, size in (("V", V, self.n), ("W", W, self.p)):
+            if value is None and gain is None:
+                raise MissingParameterError(f"{owner}: {name} ({size}, {size}) is needed for the Riccati gain")
+            if value is not None:
+                domain = Domain.from_attributes((size, size), {"PSD": True})
+                self.declare(name, value, domain, learned=gain is None)
+        if gain is None or isinstance(gain, nn.Module):
+            self.gain = gain
+        else:
+            self.declare("gain", gain, Domain((self.n, self.p)))
+        for name, module in (("features", features), ("correction", correction)):
+            if module is not None and not callable(module):
+                raise TypeError(f"{owner}: {name} must be a module or function, got {type(module).__name__}")
+        self.features, self.correction = features, correction
+
+    @property
+    def n(self) -> int:
+        """Number of states."""
+        raise NotImplementedError
+
+    @property
+    def p(self) -> int:
+        """Number of observations, after the features."""
+        raise NotImplementedError
+
+    @property
+    def recursive(self) -> bool:
+        """True: x is a sequence."""
+        return True
+
+    def transition(self, z: Tensor, s: Tensor | None = None) -> Tensor:
+        """Predicted next state `(B, n)` from z `(B, n)` and input s."""
+        raise NotImplementedError
+
+    def measure(self, z: Tensor) -> Tensor:
+        """Predicted observation `(B, p)`."""
+        raise NotImplementedError
+
+    def linear_transition(self, z: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`transition`, and its Jacobian `(n, n)` or `(B, n, n)`."""
+        raise NotImplementedError
+
+    def linear_measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`measure`, and its Jacobian `(p, n)` or `(B, p, n)`."""
+        raise NotImplementedError
+
+    def start_covariance(self, covariance: Tensor | None, batch: int) -> Tensor:
+        """The covariance before the first observation, float64."""
+        if covariance is None:
+            return self.default_covariance()
+        if tuple(covariance.shape) not in {(self.n, self.n), (batch, self.n, self.n)}:
+            shapes = f"({self.n}, {self.n}) or ({batch}, {self.n}, {self.n})"
+            raise ShapeError(f"covariance must be {shapes}, got {tuple(covariance.shape)}")
+        return covariance.double()
+
+    def default_covariance(self) -> Tensor:
+        """The covariance before the first observation where none is given."""
+        raise NotImplementedError
+
+    def start(self, x: Any, state: Tensor | None = None, covariance: Tensor | None = None) -> Belief:
+        """The belief before the first observation; x `(B, ...)` gives the batch; zero state by default."""
+        y = self._features(as_tuple(x)[0])
+        return self._start(y, self._start_state(state, y), covariance)
+
+    def decide(self, x: Any, memory: Belief | None = None) -> tuple[Tensor, Belief]:
+        """Filtered mean `(B, n)` after x `(B, p)`; a tuple (x, s) predicts the next state with input s `(B, m)`."""
+        parts = as_tuple(x)
+        belief = self.start(parts[0]) if memory is None else memory
+        y = self._features(parts[0])
+        s = parts[1] if len(parts) > 1 else None
+        self._accept(s)
+        update, belief = self._step(belief, y, s)
+        return update.decision, belief
+
+    def _accept(self, inputs: Tensor | None) -> None:
+        """Refuse inputs that the model has no place for."""
+
+    def _start(self, y: Tensor, prior: Tensor, covariance: Tensor | None) -> Belief:
+        return Belief(prior, self.start_covariance(covariance, len(y)) if self.gain is None else None)
+
+    def _step(self, belief: Belief, y: Tensor, s: Tensor | None, last: bool = False) -> tuple[Update, Belief]:
+        """The update by observation y `(B, p)`, and the belief after input s; no prediction after the last one."""
+        posterior = covariance = signals = kept = corrected = None
+        riccati = self.gain is None
+        predicted, C = self.linear_measure(belief.prior) if riccati else (self.measure(belief.prior), None)
+        observed = ~torch.isnan(y)
+        innovation = torch.where(observed, y - predicted, 0.0)
+        if isinstance(self.gain, nn.Module) or self.correction is not None:
+            signals = _signals(belief, predicted + innovation, predicted)
+        if isinstance(self.gain, nn.Module):
+            L, kept = self.gain(signals, belief.gain)
+        elif not riccati:
+            L = self.gain
+        else:
+            P = self.start_covariance(None, len(y)) if belief.covariance is None else belief.covariance
+            seen = None if bool(observed.all()) else observed
+            L, posterior = kalman_update(P, C.double(), self.W.double(), seen)  # pyright: ignore[reportOptionalMemberAccess]
+        mean = decision = belief.prior + torch.einsum("...np,...p->...n", L.to(y.dtype), innovation)
+        if self.correction is not None:
+            change, corrected = self.correction(signals, mean, belief.correction)
+            decision = mean + change.to(mean.dtype)
+        if last:
+            prior = mean
+        elif posterior is None:
+            prior = self.transition(mean, s)
+        else:
+            prior, A = self.linear_transition(mean, s)
+            A = A.double()
+            covariance = A @ posterior @ A.mT + self.V.double()
+        if signals is not None:
+            signals = signals._replace(mean=mean, mean_before=signals.mean)
+        return Update(decision, L, posterior), Belief(prior, covariance, signals, kept, corrected)
+
+    def _updates(self, y: Tensor, drive: Tensor | None, belief: Belief) -> tuple[list[Update], list[Belief]]:
+        """All updates of a sequence, and the belief before each."""
+        updates, beliefs = [], []
+        for t in range(y.shape[1]):
+            s = None if drive is None or t >= drive.shape[1] else drive[:, t]
+            beliefs.append(belief)
+            update, belief = self._step(belief, y[:, t], s, last=t == y.shape[1] - 1)
+            updates.append(update)
+        return updates, beliefs
+
+    def _step_by_step(self, y: Tensor, drive: Tensor | None, belief: Belief) -> Tensor:
+        return torch.stack([update.decision for update in self._updates(y, drive, belief)[0]], 1)
+
+    def _moments(self, y: Tensor, drive: Tensor | None, belief: Belief) -> Moments:
+        """Means, gains and covariances step by step; those of an own gain are read from it."""
+        updates, beliefs = self._updates(y, drive, belief)
+        mean = torch.stack([update.decision for update in updates], 1)
+        L = torch.stack([update.gain.double().expand(len(y), -1, -1) for update in updates], 1)
+        if self.gain is None:
+            given = [b.covariance.expand(len(y), -1, -1) for b in beliefs]  # pyright: ignore[reportOptionalMemberAccess]
+            posterior = torch.stack([update.posterior for update in updates], 1)  # pyright: ignore[reportArgumentType]
+            return Moments(mean, FilterGains(L, torch.stack(given, 1), posterior.expand(len(y), *posterior.shape[1:])))
+        if "W" not in self._declared:
+            raise OptionError("moments: covariances are read from an own gain and W; give the filter W")
+        with torch.no_grad():
+            priors = torch.cat([belief.prior for belief in beliefs])
+            C = self.linear_measure(priors)[1].double()
+        C = C.unflatten(0, (len(beliefs), -1)).transpose(0, 1) if C.ndim == 3 else C
+        return Moments(mean, covariances_of_gain(L, C, self.W.double()))
+
+    def _start_state(self, state: Tensor | None, y: Tensor) -> Tensor:
+        batch = len(y)
+        if state is None:
+            return y.new_zeros(batch, self.n)
+        if tuple(state.shape) not in {(self.n,), (batch, self.n)}:
+            raise ShapeError(f"state must have shape ({self.n},) or ({batch}, {self.n}), got {tuple(state.shape)}")
+        _refuse_not_finite("state", state)
+        return state.to(y.dtype).expand(batch, self.n)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Observations `(B, p)` of one time, NaN where missing."""
+        if self.features is not None:
+            rows = torch.isnan(x).reshape(len(x), x[:1].numel() if len(x) else 1).any(-1)
+            y = self.features(torch.nan_to_num(x, nan=0.0))
+            x = torch.where(rows.reshape(-1, *[1] * (y.ndim - 1)), torch.nan, y)
+        if x.ndim != 2 or x.shape[-1] != self.p:
+            what = "features(x)" if self.features is not None else "x"
+            raise ShapeError(f"{what} must have {self.p} entries per time, as C has rows; got {tuple(x.shape)}")
+        return x
+
+    def _sequence(self, x: Tensor, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Observations `(B, T, p)`, inputs `(B, T - 1, m)` or None, and the first prior `(B, n)`; all checked."""
+        if x.ndim < 2 or x.shape[1] == 0 or (self.features is None and x.ndim != 3):
+            raise ShapeError(f"x must have shape (B, T, {self.p}) with T > 0, got {tuple(x.shape)}")
+        batch, steps = x.shape[:2]
+        y = self._features(x.flatten(0, 1)).reshape(batch, steps, self.p)
+        infinite = torch.isinf(y)
+        if bool(infinite.any()):
+            i, t, _ = torch.nonzero(infinite)[0].tolist()
+            raise DomainError(f"x is infinite in batch element {i} at time {t}; mark missing observations by NaN")
+        prior = self._start_state(state, y)
+        if inputs is None:
+            return y, None, prior
+        self._accept(inputs)
+        m = self._inputs or inputs.shape[-1]
+        if tuple(inputs.shape) not in {(batch, steps, m), (batch, steps - 1, m)}:
+            raise ShapeError(f"inputs must have shape ({batch}, {steps}, {m}), got {tuple(inputs.shape)}")
+        _refuse_not_finite("inputs", inputs)
+        return y, inputs[:, : steps - 1].to(y.dtype), prior
+
+    @property
+    def _inputs(self) -> int | None:
+        """Number of inputs, None where the model does not say."""
+        return None
+
+
+def covariances_of_gain(L: Tensor, C: Tensor, W: Tensor) -> FilterGains:
+    """Covariances that make L `(..., n, p)` the Kalman gain of C `(..., p, n)` and W `(p, p)`, float64.
+
+    A Kalman gain is L = P C' W^-1 with P the covariance after the observation, so that P = L W C (C'C)^-1, of
+    which the symmetric part is taken, and (I - L C) prior = P; Klein and others, Uncertainty in data-driven
+    Kalman filtering (2022). C must have full column rank, or the observations say nothing about some states.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> covariances_of_gain(0.5 * one, one, 2 * one).prior
+    tensor([[2.]], dtype=torch.float64)
+    """
+    p, n = C.shape[-2:]
+    if p < n or bool((torch.linalg.matrix_rank(C.detach()) < n).any()):
+        raise OptionError(
+            f"moments: C ({p}, {n}) must have full column rank for covariances to be read from a gain; "
+            "use the Riccati gain, or observe every state"
+        )
+    P = L @ W @ torch.linalg.pinv(C).mT
+    P = (P + P.mT) / 2
+    eye = torch.eye(n, dtype=L.dtype, device=L.device)
+    prior = torch.linalg.solve(eye - L @ C, P)
+    return FilterGains(L, (prior + prior.mT) / 2, P)
+
+
+def _signals(belief: Belief, y: Tensor, predicted: Tensor) -> GainSignals:
+    """What a module sees now, from what it saw last (whose means are already those after it)."""
+    prior, last = belief.prior, belief.signals
+    if last is None:
+        return GainSignals(y, y, predicted, prior, prior, prior, prior)
+    return GainSignals(y, last.observation, predicted, prior, last.prior, last.mean, last.mean_before)
+
+
+def _refuse_not_finite(name: str, value: Tensor) -> None:
+    bad = ~torch.isfinite(value.detach())
+    if bool(bad.any()):
+        raise DomainError(
+            f"{name} is NaN or infinite at index {tuple(torch.nonzero(bad)[0].tolist())}; only x may have NaN entries"
+        )
