@@ -13,13 +13,12 @@ from convexlearn.gain_networks import RecurrentGain
 from convexlearn.objectives import mean_squared_error
 from convexlearn.problems import tracking
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
-from convexlearn.problems.fitting import gradient
+from convexlearn.problems.fitting import gradient, histories
 from convexlearn.randomness import make_generator
-from convexlearn.report import format_table, new_axes, plot_history
+from convexlearn.report import format_table, new_axes
 from convexlearn.riccati import kalman_recursion
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.simulate.pairs import Pairs
-from convexlearn.tune import History
 
 F = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
 I = torch.eye(2, dtype=torch.float64)
@@ -163,12 +162,9 @@ def figures(result: Result) -> dict[str, Any]:
     ax.axvline(result.study.test.s.shape[1], color="gray", linestyle=":")
     ax.set(xlabel="step (trained up to the dotted line)", ylabel="mean squared error (dB)")
     ax.legend(fontsize=8)
-    drawn["history"] = history = new_axes()
-    for name, trace in result.traces.items():
-        if isinstance(trace, History):
-            plot_history(trace, ["loss"], history, name)
-    history.set_yscale("log")
-    return drawn
+    for ax in (found := histories(result)).values():
+        ax.set_yscale("log")
+    return drawn | found
 
 
 ENTRY = ProblemEntry(

@@ -141,6 +141,7 @@ def contenders(parts: Split, optics: Optics, data: Data, plan: Plan, seed: int) 
     converged = Converged(FISTA(parts), learn=["rho"], tol=1e-3, max_iterations=2000)
     trained, few = unfolded(), data.tuning.subset(torch.arange(min(48, len(data.tuning))))
     entrants = {
+        "hand-set FISTA": Contender(fista(100)),
         "short FISTA": Contender(fista(plan.layers), search(data.tuning, plan.rhos)),
         "FISTA 100": Contender(fista(100), search(data.tuning, plan.rhos)),
         "FISTA converged": Contender(Localiser(converged), search(few, plan.rhos)),

@@ -13,9 +13,8 @@ from convexlearn.gain_networks import RecurrentGain
 from convexlearn.objectives import mean_squared_error
 from convexlearn.problems import tracking
 from convexlearn.problems.catalogue import Contender, ProblemEntry, Reference, Result, Study
-from convexlearn.problems.fitting import gradient
+from convexlearn.problems.fitting import gradient, histories
 from convexlearn.randomness import make_generator
-from convexlearn.report import new_axes, plot_history
 from convexlearn.rules.extended_kalman import ExtendedKalmanFilter
 from convexlearn.simulate.pairs import Pairs
 from convexlearn.simulate.plants import Lorenz
@@ -152,12 +151,10 @@ def figures(result: Result) -> dict[str, Any]:
         ax.plot(*paths[name][0].T.numpy(), linewidth=0.6)
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=6)
-    drawn: dict[str, Any] = {"trajectory": figure.axes[0], "history": (history := new_axes())}
-    for name, trace in result.traces.items():
-        if isinstance(trace, History):
-            plot_history(trace, ["loss"], history, name)
-    history.set_yscale("log")
-    return drawn
+    drawn: dict[str, Any] = {"trajectory": figure.axes[0]}
+    for ax in (found := histories(result)).values():
+        ax.set_yscale("log")
+    return drawn | found
 
 
 ENTRY = ProblemEntry(

@@ -1,7 +1,7 @@
 """Symbol detection on channels with memory: BCJR, a learned factor graph, and a recurrent network (Fig. 9)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,15 +15,16 @@ from convexlearn.errors import OptionError
 from convexlearn.evaluate import evaluate
 from convexlearn.objectives import Objective, cross_entropy, error_rate
 from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
+from convexlearn.problems.fitting import gradient, histories
 from convexlearn.randomness import make_generator
-from convexlearn.report import Estimate, format_table, new_axes, plot_history
+from convexlearn.report import Estimate, format_table, new_axes
 from convexlearn.rules.channel_factors import ChannelFactor, LearnedFactor, Trellis
 from convexlearn.rules.sum_product import SumProduct
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.channel import Channel, decaying_taps
 from convexlearn.simulate.pairs import Pairs
 from convexlearn.stacked_networks import SlidingBiLSTM, stacked_mlp
-from convexlearn.tune import History, tune
+from convexlearn.tune import History
 
 TRELLIS = Trellis(2, 4)
 
@@ -105,35 +106,15 @@ class Classifier(nn.Module):
         return self.factor.scores(x)
 
 
-def falling(rate: float, steps: int) -> Callable[[int], float]:
-    """A learning rate that falls to zero along half a cosine."""
-    return lambda step: rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def descend(train: Pairs, steps: int, rate: float) -> Callable[[Any, Budget], History]:
-    """Fit symbol probabilities by cross-entropy, one block of every channel per step."""
-
-    def fit(rule: Any, budget: Budget) -> History:
-        total = budget.limit(steps)
-        options: dict[str, Any] = {"seed": budget.seed, "progress": budget.progress, "batch_size": 1}
-        return tune(rule, train, cross_entropy, steps=total, learning_rate=falling(rate, total), **options)
-
-    return fit
-
-
 def classify(train: Pairs, epochs: int = 20, batch_size: int = 100) -> Callable[[Any, Budget], History]:
     """Fit the network of a learned factor graph as a classifier of states by cross-entropy, as published."""
     x, labels = torch.as_tensor(train.x).float(), torch.as_tensor(train.s)
     known = x[..., TRELLIS.memory - 1 :], TRELLIS.states(labels)  # (B, C, T - memory + 1)
     pairs = Pairs(*(part.transpose(1, 2).flatten(0, 1)[..., None] for part in known))
 
-    def fit(rule: Any, budget: Budget) -> History:
-        total = budget.limit(epochs * (len(pairs) // batch_size))
-        options: dict[str, Any] = {"seed": budget.seed, "progress": budget.progress, "batch_size": batch_size}
-        network = Classifier(rule.factor)
-        return tune(network, pairs, cross_entropy, steps=total, learning_rate=falling(1e-2, total), **options)
-
-    return fit
+    steps = epochs * (len(pairs) // batch_size)
+    fit = gradient(pairs, cross_entropy, steps=steps, learning_rate=1e-2, batch_size=batch_size)
+    return lambda rule, budget: fit(Classifier(rule.factor), budget)
 
 
 def learned(stack: int, seed: int) -> SumProduct:
@@ -179,6 +160,9 @@ def build(seed: int, setting: Setting) -> Study:
     channel, wrong = setting.channel(1), setting.channel(1, drift=UNCERTAINTY)
     stack, labels = len(channel.taps), TRELLIS.labels
     guess = wrong.draw(1, make_generator(seed, "guess"))[1][0]
+
+    def descend(train: Pairs, steps: int, rate: float) -> Any:
+        return gradient(train, cross_entropy, steps=steps, learning_rate=rate, batch_size=1)
 
     def recurrent() -> SlidingBiLSTM:
         sizes = {"hidden": setting.hidden, "layers": setting.layers, "length": 16, "stride": 8}
@@ -277,13 +261,7 @@ def _names(result: Result, uncertain: bool) -> list[str]:
 
 def figures(result: Result) -> dict[str, Any]:
     """Symbol error rates against the signal-to-noise ratio, as in Fig. 9, and the losses of the fits."""
-    drawn = {"errors": _plot_errors(result)}
-    histories: Mapping[str, History] = {n: t for n, t in result.traces.items() if isinstance(t, History)}
-    if histories:
-        drawn["history"] = ax = new_axes()
-        for name, history in histories.items():
-            plot_history(history, ["loss"], ax=ax, label=name)
-    return drawn
+    return {"errors": _plot_errors(result), **histories(result)}
 
 
 def _plot_errors(result: Result) -> Any:

@@ -36,7 +36,7 @@ class Started(DecisionRule):
     def moments(self, x: Tensor, before: Tensor) -> Moments:
         """Filtered means and covariances."""
         state = self.estimator.transition(before)
-        return self.estimator.moments(x, state=state, covariance=self._covariance())  # pyright: ignore
+        return self.estimator.moments(x, state=state, covariance=self._covariance())
 
     def _covariance(self) -> Tensor | None:
         """One step after a known state the covariance is V."""

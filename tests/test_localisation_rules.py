@@ -127,7 +127,7 @@ def test_training_lowers_the_loss_and_adapting_starts_from_the_source(declared):
     kernels = zip(trained.parameters(), adapted.rule.parameters())
     assert all((a - b).abs().max() < 0.03 for a, b in kernels if a.requires_grad)
     assert list(rules) == [
-        "short FISTA", "FISTA 100", "FISTA converged", "network", "unfolded", "unfolded, adapted"
+        "hand-set FISTA", "short FISTA", "FISTA 100", "FISTA converged", "network", "unfolded", "unfolded, adapted"
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import MissingParameterError, ShapeError
-from convexlearn.rules.state_filter import Moments, StateFilter
+from convexlearn.rules.state_filter import StateFilter
 
 
 class ExtendedKalmanFilter(StateFilter):
@@ -59,33 +59,6 @@ class ExtendedKalmanFilter(StateFilter):
         """Number of observations, after the features."""
         return self._sizes[1]
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: Tensor,
-        inputs: Tensor | None = None,
-        state: Tensor | None = None,
-        covariance: Tensor | None = None,
-    ) -> Tensor:
-        """Filtered means `(B, T, n)` for x `(B, T, p)`, entry t given the observations up to t.
-
-        inputs: `(B, T, m)` or `(B, T - 1, m)`; the input at t acts between the observations t and t + 1.
-        state `(n,)` or `(B, n)` and covariance `(n, n)` or `(B, n, n)`: mean and covariance of the state at
-        the first observation, before it; by default zero and V, as after a step from the known origin.
-        """
-        y, drive, prior = self._sequence(x, inputs, state)
-        return self._step_by_step(y, drive, self._start(y, prior, covariance))
-
-    def moments(
-        self,
-        x: Tensor,
-        inputs: Tensor | None = None,
-        state: Tensor | None = None,
-        covariance: Tensor | None = None,
-    ) -> Moments:
-        """Means with gains and covariances; arguments as in `forward`. Those of an own gain are read from it."""
-        y, drive, prior = self._sequence(x, inputs, state)
-        return self._moments(y, drive, self._start(y, prior, covariance))
-
     def transition(self, z: Tensor, s: Tensor | None = None) -> Tensor:
         """f(z) or f(z, s)."""
         return self._checked("f", self.f(z) if s is None else self.f(z, s), z, self.n)
@@ -103,7 +76,7 @@ class ExtendedKalmanFilter(StateFilter):
         return _linearized(self.measure, z, self.p)
 
     def default_covariance(self) -> Tensor:
-        """V."""
+        """V, as after one step from the known origin."""
         return self.V.double()
 
     @staticmethod

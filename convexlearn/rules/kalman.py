@@ -72,15 +72,13 @@ class KalmanFilter(StateFilter):
         state: Tensor | None = None,
         covariance: Tensor | None = None,
     ) -> Tensor:
-        """Filtered means `(B, T, n)` for x `(B, T, p)`, entry t given the observations up to t.
+        """As `StateFilter.forward`, at once where all gains are known beforehand.
 
-        inputs: `(B, T, m)` or `(B, T - 1, m)`; the input at t acts between the observations t and t + 1.
-        state `(n,)` or `(B, n)` and covariance `(n, n)` or `(B, n, n)`: mean and covariance of the state at
-        the first observation, before it; by default zero, and the stationary covariance, whose gain is constant.
+        The covariance at the first observation is by default the stationary one, whose gain is constant.
         """
-        y, drive, prior = self._sequence(x, inputs, state)
         if isinstance(self.gain, nn.Module) or self.correction is not None:
-            return self._step_by_step(y, drive, self._start(y, prior, covariance))
+            return super().forward(x, inputs, state, covariance)
+        y, drive, prior = self._sequence(x, inputs, state)
         missing = torch.isnan(y)
         L = self._gains(missing, covariance).to(y.dtype)
         return self._means(L, torch.where(missing, 0.0, y), drive, prior)
@@ -92,13 +90,10 @@ class KalmanFilter(StateFilter):
         state: Tensor | None = None,
         covariance: Tensor | None = None,
     ) -> Moments:
-        """Means with gains and covariances; arguments as in `forward`. Those of an own gain are read from it.
-
-        Reading takes W and a C of full column rank: see `covariances_of_gain`.
-        """
-        y, drive, prior = self._sequence(x, inputs, state)
+        """As `StateFilter.moments`, at once with the Riccati gain alone."""
         if self.gain is not None or self.correction is not None:
-            return self._moments(y, drive, self._start(y, prior, covariance))
+            return super().moments(x, inputs, state, covariance)
+        y, drive, prior = self._sequence(x, inputs, state)
         missing = torch.isnan(y)
         gains = self._recursion(missing, self.start_covariance(covariance, len(y)))
         return Moments(self._means(gains.gain.to(y.dtype), torch.where(missing, 0.0, y), drive, prior), gains)

@@ -117,6 +117,37 @@ class StateFilter(DecisionRule):
         """The covariance before the first observation where none is given."""
         raise NotImplementedError
 
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        inputs: Tensor | None = None,
+        state: Tensor | None = None,
+        covariance: Tensor | None = None,
+    ) -> Tensor:
+        """Filtered means `(B, T, n)` for x `(B, T, p)`, entry t given the observations up to t.
+
+        inputs: `(B, T, m)` or `(B, T - 1, m)`; the input at t acts between the observations t and t + 1.
+        state `(n,)` or `(B, n)` and covariance `(n, n)` or `(B, n, n)`: mean and covariance of the state at
+        the first observation, before it; by default zero and `default_covariance()`.
+        """
+        y, drive, prior = self._sequence(x, inputs, state)
+        updates, _ = self._updates(y, drive, self._start(y, prior, covariance))
+        return torch.stack([update.decision for update in updates], 1)
+
+    def moments(
+        self,
+        x: Tensor,
+        inputs: Tensor | None = None,
+        state: Tensor | None = None,
+        covariance: Tensor | None = None,
+    ) -> Moments:
+        """Means with gains and covariances; arguments as in `forward`. Those of an own gain are read from it.
+
+        Reading takes W and an observation matrix of full column rank: see `covariances_of_gain`.
+        """
+        y, drive, prior = self._sequence(x, inputs, state)
+        return self._moments(y, drive, self._start(y, prior, covariance))
+
     def start(self, x: Any, state: Tensor | None = None, covariance: Tensor | None = None) -> Belief:
         """The belief before the first observation; x `(B, ...)` gives the batch; zero state by default."""
         y = self._features(as_tuple(x)[0])
@@ -180,9 +211,6 @@ class StateFilter(DecisionRule):
             update, belief = self._step(belief, y[:, t], s, last=t == y.shape[1] - 1)
             updates.append(update)
         return updates, beliefs
-
-    def _step_by_step(self, y: Tensor, drive: Tensor | None, belief: Belief) -> Tensor:
-        return torch.stack([update.decision for update in self._updates(y, drive, belief)[0]], 1)
 
     def _moments(self, y: Tensor, drive: Tensor | None, belief: Belief) -> Moments:
         """Means, gains and covariances step by step; those of an own gain are read from it."""
