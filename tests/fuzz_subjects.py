@@ -68,6 +68,12 @@ def entropy() -> cl.ConvexLayer:
     return cl.ConvexLayer(cp.Problem(cp.Minimize(cost), [cp.sum(y) == 1]), [t], [y])
 
 
+def feasible() -> cl.FeasibleRule:
+    """A network projected on a box, whose size is the context, within a halfspace."""
+    s, size = cp.Variable(4, name="s"), cp.Parameter(4, name="size")
+    return cl.FeasibleRule(networks.mlp(4, 4).double(), [cp.abs(s) <= size, cp.sum(s) >= 0], s, [size])
+
+
 def controller() -> cl.ConvexRule:
     """Model predictive control of a double integrator with a limit."""
     return cl.mpc(A, B, I, I[:1, :1], 4, input_limit=0.5)
@@ -101,6 +107,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
         "ConvexLayer socp": rule(cone, x, leading=True),
         "ConvexLayer conic": rule(entropy, x, leading=True),
         "ConvexRule": rule(lasso, x, leading=True),
+        "FeasibleRule": rule(feasible, x.abs() + 0.1, plain=True),
         "mpc": rule(controller, states, leading=True),
         "adp": rule(lambda: cl.adp(A, B, I[:1, :1], I, limit=0.5), states, leading=True),
         "AffineRule": rule(lambda: cl.AffineRule(H.mT, torch.zeros(6).double()), x),
