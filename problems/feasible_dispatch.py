@@ -196,7 +196,7 @@ def build(seed: int, setting: Setting) -> Study:
         "network, completed": Contender(completed(network(1)), descend(cost, steps)),
     }
     measures = {"gap": gap, "violation": violation, "violated": violated}
-    return Study(declare().problem(), contenders, test, measures, bounds={"gap": 0.0})
+    return Study(declare().problem(), contenders, test, measures)
 
 
 def least_projected(sources: Mapping[float, Contender], validation: Pairs) -> Callable[[Any, Budget], Search]:
