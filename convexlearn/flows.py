@@ -59,7 +59,7 @@ class Affine(Bijection):
 
 
 class AffineCoupling(Bijection):
-    """One layer of RealNVP (Dinh et al. 2017): the entries at `moved` are scaled and shifted by functions of the others.
+    """One layer of RealNVP (Dinh et al. 2017): entries at `moved` are scaled and shifted by functions of the others.
 
     The network maps the other entries to as many shifts and then log-scales, which lie in (-bound, bound).
     """
