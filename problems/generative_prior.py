@@ -34,8 +34,8 @@ RATIOS = (0.05, 0.1, 0.2, 0.4)
 RHO_GRID = np.geomspace(0.03, 3, 12)
 """Weights of the 1-norm that are tried; at the last the decision is the mean picture."""
 
-WEIGHT_GRID = np.geomspace(0.02, 0.32, 5)
-"""Weights of the latent's penalty that are tried."""
+DECODER_GRID, FLOW_GRID = np.geomspace(0.02, 0.32, 5), np.geomspace(1e-3, 0.1, 5)
+"""Weights of the prior term that are tried; theory says the noise's variance, plus that of the model's own error."""
 
 RIDGE_GRID = np.geomspace(1e-5, 1e-1, 9)
 """Ridge penalties of the affine rule that are tried."""
@@ -181,7 +181,7 @@ class Priors:
 
     def generative(self, data: Data) -> tuple[nn.Module, Callable[[Any, Budget], Any]]:
         """Eq. 28 with the trained decoder; the weight by a grid on pictures that the decoder has not seen."""
-        search = grid(data.judges, mean_squared_error, lambda rule: rule, "weight", WEIGHT_GRID)
+        search = grid(data.judges, mean_squared_error, lambda rule: rule, "weight", DECODER_GRID)
 
         def fit(rule: Any, budget: Budget) -> Any:
             rule.generator.load_state_dict(self.models.decoder(budget).state_dict())
@@ -205,7 +205,7 @@ class Priors:
         """Eq. 27 with the trained flow; not `penalised`: its latent's own density instead of the signal's."""
 
         def make(data: Data) -> tuple[nn.Module, Callable[[Any, Budget], Any]]:
-            search = grid(data.judges, mean_squared_error, lambda rule: rule, "weight", WEIGHT_GRID)
+            search = grid(data.judges, mean_squared_error, lambda rule: rule, "weight", FLOW_GRID)
 
             def fit(rule: Any, budget: Budget) -> Any:
                 rule.generator.load_state_dict(self.models.flow(budget).state_dict())
@@ -226,7 +226,8 @@ class Priors:
 def build(seed: int, setting: Setting) -> Study:
     """Draw H and the noise from `seed` and set up the rules at their start values."""
     data = draw(seed, setting.ratio, setting)
-    others = {r: draw(seed, r, setting) for r in RATIOS} if setting.sweep else {}
+    ratios = [r for r in RATIOS if setting.sweep]
+    others = {r: data if r == setting.ratio else draw(seed, r, setting) for r in ratios}
     priors = Priors(Models(setting.latent), setting, seed)
     makers = {f"sparse, {name}": sparse(basis) for name, basis in bases().items()} | {
         "affine": affine,
@@ -249,9 +250,10 @@ def contender(make: Maker, data: Data, others: dict[float, Data]) -> Contender:
     def run(rule: Any, budget: Budget) -> Sweep:
         trace, errors = fit(rule, budget), []
         for other in others.values():
-            twin, refit = make(other)
-            refit(twin, budget)
-            outcome = evaluate(twin, other.test, mean_squared_error)
+            judged, refit = (rule, None) if other is data else make(other)
+            if refit is not None:
+                refit(judged, budget)
+            outcome = evaluate(judged, other.test, mean_squared_error)
             errors.append(Estimate(outcome.mean, outcome.standard_error))
         return Sweep(tuple(others), tuple(errors), trace)
 

@@ -48,8 +48,8 @@ def figures(result: Result) -> dict[str, Any]:
     if histories:
         axes["histories"] = ax = new_axes()
         for name, history in histories.items():
-            plot_history(history, ["loss"], ax, name)
-        ax.set_ylabel("mse on training batches")
+            plot_history(history, ["validation"], ax, name)
+        ax.set(xscale="log", yscale="log", ylabel="mse on validation pictures")
     if _sweeps(result):
         axes["measurements"] = plot_sweep(result)
     return axes

@@ -187,18 +187,18 @@ def test_gradients_agree_with_central_differences(name):
         assert (gradients[name] * direction).sum().item() == pytest.approx(difference, rel=1e-4, abs=1e-7), name
 
 
-def test_a_context_that_is_no_number_fails_alone():
-    rule, x = DeepPrior(decoder(), normal(3, 5, seed=1), 2), normal(4, 3, seed=2)
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+def test_a_context_that_is_no_number_fails_alone(gradient):
+    rule, x = DeepPrior(decoder(), normal(3, 5, seed=1), 2, gradient=gradient), normal(5, 3, seed=2)
     sound = rule(x)
-    x[1, 0] = math.nan
-    x[3, 2] = math.inf
+    x[1, 0], x[3, 2], x[4, 1] = math.nan, math.inf, 1e200  # the last objective overflows
     s = rule(x)
-    assert torch.isnan(s[[1, 3]]).all()
+    assert torch.isnan(s[[1, 3, 4]]).all()
     torch.testing.assert_close(s[[0, 2]], sound[[0, 2]])
     s[[0, 2]].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in rule.parameters())
-    trajectory = Pairs(x, torch.zeros(4, 5, dtype=torch.float64))(rule)
-    assert trajectory.failed.tolist() == [False, True, False, True]
+    trajectory = Pairs(x, torch.zeros(5, 5, dtype=torch.float64))(rule)
+    assert trajectory.failed.tolist() == [False, True, False, True, True]
 
 
 def test_too_few_steps_are_reported_per_sample():

@@ -11,6 +11,7 @@ from convexlearn import newton
 from convexlearn.domains import Domain
 from convexlearn.errors import LimitWarning, OptionError, ShapeError, suggest
 from convexlearn.failures import collector
+from convexlearn.inputs import flattened
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import DecisionRule, Role
 
@@ -101,23 +102,24 @@ class DeepPrior(DecisionRule):
         starts[0] = 0.0
         return starts
 
-    def solve(self, x: Tensor) -> LatentSolution:
+    def solve(self, *x: Tensor) -> LatentSolution:
         """Decision, latent and, for each sample, whether and how the search converged; in the generator's dtype."""
         weights = [p for p in self.generator.parameters() if p.is_floating_point()]
-        flat = x.flatten(1).to(weights[0].dtype if weights else x.dtype)
+        flat = flattened(type(self).__name__, x)
+        flat = flat.to(weights[0].dtype if weights else flat.dtype)
         if flat.shape[1] != self.H.shape[0]:
             raise ShapeError(f"x has {flat.shape[1]} entries per sample, but H {tuple(self.H.shape)} gives m")
         finite = torch.isfinite(flat.detach()).all(1)
         flat = torch.where(finite[:, None], flat, 0.0)
-        wants = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        wants = torch.is_grad_enabled() and (flat.requires_grad or any(p.requires_grad for p in self.parameters()))
         start, run = self._search(flat.detach())
-        z = run.point
+        sound = finite & torch.isfinite(run.value)
+        flat, z = torch.where(sound[:, None], flat, 0.0), torch.where(sound[:, None], run.point, 0.0)
         if wants and self.gradient == "unroll":
             run = self._minimize(start, flat)
             z = run.point
         elif wants:
             z = newton.attach_implicit_gradient(self.objective, z, (flat,))
-        sound = finite & torch.isfinite(run.value.detach())
         _report(~sound)
         s = self.generator(z)
         s = torch.where(sound.reshape(-1, *[1] * (s.ndim - 1)), s, torch.nan)
@@ -126,19 +128,18 @@ class DeepPrior(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """The decision s `(B, ...)` in the dtype of x; a LimitWarning names the samples that did not converge."""
-        (context,) = x
-        found = self.solve(context)
+        found = self.solve(*x)
         lost = (~found.converged & torch.isfinite(found.objective)).nonzero().flatten().tolist()
         if lost and self.gradient == "implicit":
             shown = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
             warnings.warn(
-                f"the latent of {len(lost)} of {len(context)} samples ({shown}) did not converge within "
+                f"the latent of {len(lost)} of {len(found.converged)} samples ({shown}) did not converge within "
                 f"{self.max_iterations} steps to tol = {self.tol:g}; raise max_iterations or tol, "
                 "compute in float64, or take a smooth generator",
                 LimitWarning,
                 stacklevel=3,
             )
-        return found.decision.to(context.dtype)
+        return found.decision.to(flattened(type(self).__name__, x).dtype)
 
     def _search(self, x: Tensor) -> tuple[Tensor, newton.Minimum]:
         """For each sample the start `(B, k)` that led to the least objective, and where it led."""
