@@ -15,6 +15,9 @@ from convexlearn.tune import History
 SHOWN = 8
 """Number of digits in a picture."""
 
+SEARCHED = 32
+"""Number of test pictures on which the search for the latent is described."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -32,7 +35,7 @@ class Sweep:
 
 def tables(result: Result) -> dict[str, str]:
     """How the searches for latents went; errors by ratio of measurements where that was asked."""
-    shown = {"search for the latent on the test pictures": _searches(result)}
+    shown = {f"search for the latent on the first {SEARCHED} test pictures": _searches(result)}
     sweeps = _sweeps(result)
     if sweeps:
         ratios = next(iter(sweeps.values())).ratios
@@ -89,7 +92,7 @@ def _searches(result: Result) -> str:
     rows = []
     for name, rule in _deep(result).items():
         with torch.no_grad():
-            found = rule.solve(result.study.test.x)
+            found = rule.solve(result.study.test.x[:SEARCHED])
         steps, share = found.iterations.double().mean().item(), found.converged.double().mean().item()
         rows.append([name, f"{rule.weight.item():.3g}", str(rule.restarts), f"{steps:.1f}", f"{share:.1%}"])
     return format_table(["rule", "weight", "restarts", "Newton steps", "converged"], rows)
