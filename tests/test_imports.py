@@ -52,10 +52,11 @@ affine_maps
 terms
 split_instance
 splitting
-riccati block_tridiagonal
+riccati block_tridiagonal newton
 chain_kernels
 chain
 networks stacked_networks gain_networks convolution
+flows
 iterations.base
 iterations.*
 adjoints
