@@ -32,6 +32,7 @@ from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.rules.sum_product import SumProduct
 from convexlearn.rules.tree import TreeRule
+from convexlearn.saving import load, save
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.splitting import Split, split
 from convexlearn.tune import tune
@@ -85,12 +86,14 @@ __all__ = [
     "dlyap",
     "errors",
     "evaluate",
+    "load",
     "lqr_gain",
     "mpc",
     "networks",
     "objectives",
     "principal_component_pursuit",
     "robust_pca",
+    "save",
     "simulate",
     "split",
     "tune",
