@@ -42,6 +42,10 @@ class NonFiniteError(ConvexLearnError, FloatingPointError):
     """A loss or gradient became NaN or inf; the message names the parameter and the step."""
 
 
+class WorkerError(ConvexLearnError, RuntimeError):
+    """Another process of a distributed run failed; the message names it."""
+
+
 class ConvexLearnWarning(UserWarning):
     """Base class of the warnings of convexlearn."""
 
