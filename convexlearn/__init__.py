@@ -34,6 +34,7 @@ from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.rules.sum_product import SumProduct
 from convexlearn.rules.tree import TreeRule
+from convexlearn.saving import load, save
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.splitting import Split, split
 from convexlearn.tune import tune
@@ -90,12 +91,14 @@ __all__ = [
     "errors",
     "evaluate",
     "flows",
+    "load",
     "lqr_gain",
     "mpc",
     "networks",
     "objectives",
     "principal_component_pursuit",
     "robust_pca",
+    "save",
     "simulate",
     "split",
     "tune",
