@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import conic_reference
+from convexlearn.problems import feasible_dispatch
+from convexlearn.problems.power_grid import ieee30
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,29 @@ def correlation(name: str, order: int, batches: tuple[int, ...]) -> Workload:
     return Workload(name, title, declare, values, batches, one_call, exact=conic_reference.nearest_correlation)
 
 
+def dispatch(name: str, batches: tuple[int, ...], *, angles: bool) -> Workload:
+    """Nearest feasible dispatch to a wished one, loads and wishes batched; by angles or by distribution factors."""
+    grid = ieee30()
+
+    def declare() -> Declared:
+        p, wish = cp.Variable(len(grid.largest)), cp.Parameter(len(grid.largest), name="wish")
+        load = cp.Parameter(len(grid.demand), name="load")
+        if angles:
+            constraints = grid.constraints(p, cp.Variable(grid.buses), load)
+        else:
+            flow = grid.distribution @ (grid.placed(grid.generator_bus) @ p - grid.placed(grid.load_bus) @ load)
+            constraints = [cp.sum(p) == cp.sum(load), cp.abs(flow) <= grid.limit, p >= 0, p <= grid.largest]
+        return Declared(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(p - wish)), constraints), [wish, load], [p])
+
+    def values(batch: int) -> list[Tensor]:
+        served, *_ = feasible_dispatch.draw(0, feasible_dispatch.Setting(train=batch, test=1))
+        noise = 10 * np.random.default_rng(8).standard_normal(served.s.shape)
+        return [_leaf(v) for v in (served.s.numpy() + noise, served.x.numpy())]
+
+    title = f"feasible dispatch, 30 buses, {'angles' if angles else 'distribution factors'}"
+    return Workload(name, title, declare, values, batches, one_call)
+
+
 WORKLOADS = {
     w.name: w
     for w in (
@@ -225,5 +250,7 @@ WORKLOADS = {
         correlation("correlation", 8, (64,)),
         box_mpc("large-mpc", 12, 4, 30, (32,)),
         dense_qp("dense", 100, (8, 128)),
+        dispatch("dispatch", (128,), angles=True),
+        dispatch("dispatch-factors", (128,), angles=False),
     )
 }

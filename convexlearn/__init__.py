@@ -22,6 +22,7 @@ from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.channel_factors import ChannelFactor, LearnedFactor, Trellis
 from convexlearn.rules.convex import ConvexRule
 from convexlearn.rules.extended_kalman import ExtendedKalmanFilter
+from convexlearn.rules.feasible import FeasibleRule
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.lqg import LQG, LQR
@@ -56,6 +57,7 @@ __all__ = [
     "Domain",
     "Evaluation",
     "ExtendedKalmanFilter",
+    "FeasibleRule",
     "GainSignals",
     "History",
     "KalmanFilter",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError, ShapeError, suggest
+from convexlearn.inputs import as_floating
 from convexlearn.parallel import block_of, run
 
 SEMIRINGS = ("sum", "max")
@@ -96,11 +97,14 @@ class _Chain(NamedTuple):
     def of(cls, factors: ChainFactors | Tensor, initial: Tensor | None, semiring: str) -> "_Chain":
         if semiring not in SEMIRINGS:
             raise OptionError(f"semiring '{semiring}': {suggest(semiring, SEMIRINGS)}")
-        pairwise, unary = (factors, None) if isinstance(factors, Tensor) else factors
+        pairwise, unary = factors if isinstance(factors, tuple) else (factors, None)
+        pairwise = _potentials("pairwise", pairwise)
+        unary = None if unary is None else _potentials("unary", unary)
+        initial = None if initial is None else _potentials("initial", initial)
         shape, size = _shape(pairwise, unary)
-        if initial is not None and initial.shape[-1:] != (size,):
-            raise ShapeError(f"initial must have {size} states in its last axis, got {tuple(initial.shape)}")
         batch, steps = shape[:-1], shape[-1]
+        if initial is not None and not _broadcasts(initial, (*batch, size)):
+            raise ShapeError(f"initial must broadcast to (*batch, S) = {(*batch, size)}, got {tuple(initial.shape)}")
         count = math.prod(batch)
         if unary is None:
             unary = pairwise.new_zeros(*shape, size)
@@ -116,6 +120,17 @@ class _Chain(NamedTuple):
             pairwise = pairwise.expand(*batch, own, size, size).reshape(count, own, size, size)
         bad = ~(unary < math.inf).flatten(1).all(1) | ~(pairwise < math.inf).flatten(1).all(1)
         return cls(pairwise, unary, bad, tuple(batch))
+
+
+def _potentials(name: str, value: Any) -> Tensor:
+    """Log potentials in single precision at least."""
+    tensor = as_floating(name, value, "log potentials")
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    padded = (1,) * (len(shape) - tensor.ndim) + tuple(tensor.shape)
+    return len(padded) == len(shape) and all(a in (1, b) for a, b in zip(padded, shape))
 
 
 def _shape(pairwise: Tensor, unary: Tensor | None) -> tuple[tuple[int, ...], int]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from convexlearn.errors import OptionError, ShapeError, suggest
 from convexlearn.failures import collector
+from convexlearn.inputs import as_tensor
 from convexlearn.layer_arguments import (
-    as_tensor,
     batch_shape,
     check_declaration,
     fallback_rows,

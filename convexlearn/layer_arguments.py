@@ -17,7 +17,6 @@ from convexlearn.errors import (
     DomainError,
     InaccurateWarning,
     LimitWarning,
-    MissingParameterError,
     OptionError,
     ShapeError,
     SolverError,
@@ -81,22 +80,6 @@ def read_options(solver: Solver, base: Options, given: dict[str, Any]) -> Option
 
 def is_limited(given: dict[str, Any]) -> bool:
     return any(given.get(k) is not None for k in ("max_iterations", "max_iters", "time_limit"))
-
-
-def as_tensor(name: str, value: Any) -> Tensor:
-    if value is None:
-        raise MissingParameterError(f"parameter '{name}' is None; pass a tensor, an array or a number")
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            raise MissingParameterError(f"parameter '{name}' is complex; pass a real tensor")
-        return value
-    try:
-        array = np.asarray(value)
-        return torch.as_tensor(array if array.dtype in (np.float32, np.float64) else array.astype(float))
-    except (TypeError, ValueError) as error:
-        raise MissingParameterError(
-            f"parameter '{name}' must be a tensor, an array or a number, got {type(value).__name__}"
-        ) from error
 
 
 def result_type(values: list[Tensor]) -> torch.dtype:

@@ -5,12 +5,14 @@ z'Qz + s'Rs (Eqs. 7 and 8 of the paper). All functions take leading batch dimens
 float64 and return the dtype of their arguments.
 """
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convexlearn.errors import DomainError, ShapeError
+from convexlearn.inputs import as_floating
 
 DOUBLINGS = 45
 """Spectral radii up to 1 - 1e-12 or so count as strictly stable: 2^45 steps bring A^k to rounding."""
@@ -35,8 +37,7 @@ def dlyap(A: Tensor, Q: Tensor) -> Tensor:
     >>> dlyap(torch.tensor([[0.5]]), torch.tensor([[3.0]]))
     tensor([[4.]])
     """
-    dtype = torch.promote_types(A.dtype, Q.dtype)
-    A, Q = _common("dlyap", {"A": (A, "nn"), "Q": (Q, "nn")})
+    dtype, (A, Q) = _common("dlyap", {"A": (A, "nn"), "Q": (Q, "nn")})
     return _Lyapunov.apply(A, Q).to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -60,14 +61,14 @@ def lqr_gain(A: Tensor, B: Tensor, Q: Tensor, R: Tensor) -> Tensor:
     >>> lqr_gain(*(torch.tensor([[value]]) for value in (1.0, 1.0, 1.0, 2.0)))
     tensor([[0.5000]])
     """
-    dtype = _dtype(A, B, Q, R)
-    A, B, Q, R = (M.double() for M in (A, B, Q, R))
+    dtype, (A, B, Q, R) = _common("lqr_gain", _control_model(A, B, Q, R))
     return _gain(A, B, _symmetric(R), dare(A, B, Q, R)).to(dtype)
 
 
 def filter_covariance(A: Tensor, C: Tensor, V: Tensor, W: Tensor) -> Tensor:
     """Stationary covariance `(*batch, n, n)` of the state given the observations before it."""
-    return _dare((A.mT, C.mT, V, W), ("A", "C", "V", "W"))
+    dtype, (A, C, V, W) = _common("filter_covariance", _filter_model(A, C, V, W))
+    return _dare((A.mT, C.mT, V, W), ("A", "C", "V", "W")).to(dtype)
 
 
 def filter_gain(A: Tensor, C: Tensor, V: Tensor, W: Tensor) -> Tensor:
@@ -79,8 +80,7 @@ def filter_gain(A: Tensor, C: Tensor, V: Tensor, W: Tensor) -> Tensor:
     >>> filter_gain(*(torch.tensor([[value]]) for value in (1.0, 1.0, 1.0, 2.0)))
     tensor([[0.5000]])
     """
-    dtype = _dtype(A, C, V, W)
-    A, C, V, W = (M.double() for M in (A, C, V, W))
+    dtype, (A, C, V, W) = _common("filter_gain", _filter_model(A, C, V, W))
     return kalman_update(filter_covariance(A, C, V, W), C, _symmetric(W))[0].to(dtype)
 
 
@@ -96,9 +96,9 @@ def lqr_recursion(
     tensor([0.6000, 0.5000])
     """
     _positive_horizon(horizon)
-    dtype, terminal = _dtype(A, B, Q, R), Q if terminal is None else terminal
-    named = {"A": (A, "nn"), "B": (B, "nm"), "Q": (Q, "nn"), "R": (R, "mm"), "terminal": (terminal, "nn")}
-    A, B, Q, R, P = _common("lqr_recursion", named)
+    terminal = Q if terminal is None else terminal
+    named = _control_model(A, B, Q, R) | {"terminal": (terminal, "nn")}
+    dtype, (A, B, Q, R, P) = _common("lqr_recursion", named)
     Q, R, P = _symmetric(Q), _symmetric(R), _symmetric(P)
     check_psd("Q", Q)
     _check_definite("R", R)
@@ -134,9 +134,8 @@ def kalman_recursion(
     tensor([0.5000, 0.6000])
     """
     _positive_horizon(horizon)
-    dtype = _dtype(A, C, V, W)
-    named = {"A": (A, "nn"), "C": (C, "pn"), "V": (V, "nn"), "W": (W, "pp"), "covariance": (covariance, "nn")}
-    A, C, V, W, P = _common("kalman_recursion", named)
+    named = _filter_model(A, C, V, W) | {"covariance": (covariance, "nn")}
+    dtype, (A, C, V, W, P) = _common("kalman_recursion", named)
     V, W, P = _symmetric(V), _symmetric(W), _symmetric(P)
     for name, matrix in (("V", V), ("W", W), ("covariance", P)):
         check_psd(name, matrix)
@@ -180,8 +179,7 @@ def kalman_update(P: Tensor, C: Tensor, W: Tensor, observed: Tensor | None = Non
 
 def _dare(matrices: tuple[Tensor, Tensor, Tensor, Tensor], names: tuple[str, str, str, str]) -> Tensor:
     """`dare`, whose messages call the four matrices by `names`."""
-    dtype = _dtype(*matrices)
-    A, B, Q, R = _common("the Riccati equation", dict(zip(names, zip(matrices, ("nn", "nm", "nn", "mm")))))
+    dtype, (A, B, Q, R) = _common("the Riccati equation", dict(zip(names, zip(matrices, ("nn", "nm", "nn", "mm")))))
     P = _Riccati.apply(A, B, _symmetric(Q), _symmetric(R), names)
     return P.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -301,22 +299,24 @@ def _symmetric(M: Tensor) -> Tensor:
     return (M + M.mT) / 2
 
 
-def _dtype(*matrices: Tensor) -> torch.dtype:
-    dtype = matrices[0].dtype
-    for matrix in matrices[1:]:
-        dtype = torch.promote_types(dtype, matrix.dtype)
-    return dtype
+def _control_model(A: Any, B: Any, Q: Any, R: Any) -> dict[str, tuple[Any, str]]:
+    return {"A": (A, "nn"), "B": (B, "nm"), "Q": (Q, "nn"), "R": (R, "mm")}
 
 
-def _common(where: str, named: dict[str, tuple[Tensor, str]]) -> list[Tensor]:
-    """All matrices in float64 with the same batch dimensions; each comes with letters for its two sizes."""
+def _filter_model(A: Any, C: Any, V: Any, W: Any) -> dict[str, tuple[Any, str]]:
+    return {"A": (A, "nn"), "C": (C, "pn"), "V": (V, "nn"), "W": (W, "pp")}
+
+
+def _common(where: str, given: dict[str, tuple[Any, str]]) -> tuple[torch.dtype, list[Tensor]]:
+    """The dtype of all, and all in float64 with the same batch dimensions; each has letters for its two sizes."""
     sizes: dict[str, int] = {}
+    named = {name: (as_floating(name, value, f"{where}: matrix"), letters) for name, (value, letters) in given.items()}
     for name, (matrix, letters) in named.items():
-        if not isinstance(matrix, Tensor) or matrix.ndim < 2:
-            raise ShapeError(f"{where}: {name} must be a matrix ({', '.join(letters)}), got {_shape(matrix)}")
+        if matrix.ndim < 2:
+            raise ShapeError(f"{where}: {name} must be a matrix ({', '.join(letters)}), got {tuple(matrix.shape)}")
         for letter, size in zip(letters, matrix.shape[-2:]):
             if sizes.setdefault(letter, size) != size or size == 0:
-                shapes = ", ".join(f"{k} {_shape(m)}" for k, (m, _) in named.items())
+                shapes = ", ".join(f"{k} {tuple(m.shape)}" for k, (m, _) in named.items())
                 wanted = ", ".join(f"{k} ({', '.join(letters)})" for k, (_, letters) in named.items())
                 raise ShapeError(f"{where}: {name} does not fit: expected {wanted}, got {shapes}")
         bad = ~torch.isfinite(matrix.detach()).all(-1).all(-1)
@@ -327,7 +327,8 @@ def _common(where: str, named: dict[str, tuple[Tensor, str]]) -> list[Tensor]:
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(matrix.shape)}" for name, (matrix, _) in named.items())
         raise ShapeError(f"{where}: the batch dimensions do not fit: {shapes}") from None
-    return [matrix.double().expand(*batch, *matrix.shape[-2:]) for matrix, _ in named.values()]
+    dtype = reduce(torch.promote_types, (matrix.dtype for matrix, _ in named.values()))
+    return dtype, [matrix.double().expand(*batch, *matrix.shape[-2:]) for matrix, _ in named.values()]
 
 
 def _masks(observed: Tensor | None, horizon: int) -> tuple[int, list[Any]]:
@@ -391,7 +392,3 @@ def _element(mask: Tensor, index: tuple[int, ...]) -> str:
     if mask.ndim == 0:
         return ""
     return f" in batch element {index[0] if len(index) == 1 else index}"
-
-
-def _shape(matrix: Any) -> Any:
-    return tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__

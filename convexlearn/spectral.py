@@ -45,7 +45,9 @@ def _quotients(f: Tensor, s: Tensor, slope: Tensor, sign: int) -> Tensor:
 class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, X: Tensor, t: Tensor, relative: bool) -> Tensor:
-        U, s, Vh = _svd(X)
+        bad = ~torch.isfinite(X).all(-1).all(-1)  # one such matrix would stop the whole batch
+        U, s, Vh = _svd(torch.where(bad[..., None, None], 0.0, X))
+        s = torch.where(bad[..., None], torch.nan, s)
         unit = s[..., :1] if relative else torch.ones_like(s[..., :1])
         f = (s - t.unsqueeze(-1) * unit).clamp(min=0)
         ctx.save_for_backward(U, s, Vh, f, t, unit)
@@ -87,7 +89,9 @@ def _svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _PositivePart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, X: Tensor) -> Tensor:
-        s, U = torch.linalg.eigh(X)
+        bad = ~torch.isfinite(X).all(-1).all(-1)
+        s, U = torch.linalg.eigh(torch.where(bad[..., None, None], 0.0, X))
+        s = torch.where(bad[..., None], torch.nan, s)
         ctx.save_for_backward(s, U)
         return (U * s.clamp(min=0).unsqueeze(-2)) @ U.mH
 

@@ -366,12 +366,13 @@ def _describe(s: Split, linear: list[str]) -> str:
 
 
 def _like(contexts: Mapping[str, Tensor], variables: tuple[Shape, ...]) -> Tensor:
-    """An empty tensor of the dtype and device of z."""
+    """An empty tensor of the dtype and device of z; half precision, which factorizations lack, counts as single."""
     dtypes = [v.dtype for v in contexts.values()]
     floats = [d for d in dtypes if d.is_floating_point or d.is_complex] or [torch.get_default_dtype()]
     dtype = floats[0]
     for d in floats[1:]:
         dtype = torch.promote_types(dtype, d)
+    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     if any(v.is_complex for v in variables):
         dtype = dtype.to_complex()
     elif dtype.is_complex:

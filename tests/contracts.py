@@ -71,7 +71,7 @@ class RuleContract:
             assert e.shape == (0, *s.shape[1:])
             assert e.dtype == s.dtype
             if s.requires_grad:
-                e.sum().backward()
+                e.sum().backward(retain_graph=True)  # the parts of a decision have one graph
 
     def test_dtype_follows_input(self, rule, context):
         for s in parts(rule(*(x.float() for x in as_tuple(context)))):

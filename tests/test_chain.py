@@ -195,5 +195,5 @@ def test_wrong_shapes_are_refused(factors):
 def test_wrong_options_are_refused():
     with pytest.raises(OptionError, match="did you mean 'max'"):
         log_marginals(draw(5, 3, 3), semiring="maxx")
-    with pytest.raises(ShapeError, match="initial must have 3 states"):
+    with pytest.raises(ShapeError, match=r"initial must broadcast to .* = \(3,\)"):
         log_marginals(draw(5, 3, 3), torch.zeros(2))

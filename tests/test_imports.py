@@ -16,6 +16,7 @@ LONGEST = 400
 # A file imports only from files above it in this list; files on one line may import each other, without circles.
 ORDER = """
 errors failures randomness parallel checkpoint history optimizers
+inputs
 domains
 program.program
 program.declaration

@@ -76,6 +76,15 @@ def test_the_same_generator_gives_the_same_movies():
     assert not torch.equal(first, other)
 
 
+def test_error_levels_are_those_of_the_published_set_up():
+    D, truth = Movies().draw(300, generator())
+    zero = torch.zeros_like(D)
+    levels = [((zero, zero), 263e-4), ((D, zero), 30e-4), (clutter.SingularValueFilter(1)(D), 19e-4)]
+    for guess, level in levels:
+        found = clutter.error(Trajectory(D, guess, target=torch.stack(truth, 1)))
+        assert found.mean() == pytest.approx(level, rel=0.15)
+
+
 def test_errors_by_hand():
     D = torch.zeros(1, 2, 2, dtype=torch.complex128)
     target = torch.stack([torch.full_like(D, 1j), torch.full_like(D, 2.0)], 1)

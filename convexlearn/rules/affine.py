@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import ShapeError
+from convexlearn.inputs import flattened
 from convexlearn.rules.base import Context, DecisionRule, as_tuple
 from convexlearn.rules.parameters import Role
 
@@ -50,7 +51,7 @@ class AffineRule(DecisionRule):
         >>> AffineRule.fit(x, 2 * x + 1).W.round(decimals=4).item()
         2.0
         """
-        X, S = (_flat(as_tuple(t)).detach().double() for t in (x, s))
+        X, S = (flattened(cls.__name__, as_tuple(t)).detach().double() for t in (x, s))
         if len(X) != len(S) or len(X) == 0:
             raise ShapeError(f"fit needs as many contexts as decisions, one at least; got {len(X)}, {len(S)}")
         mean_x, mean_s = (t.mean(0) if intercept else torch.zeros_like(t[0]) for t in (X, S))
@@ -65,7 +66,7 @@ class AffineRule(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """s `(B, *out)` for x `(B, *in)`, or several contexts, which are flattened and joined."""
-        flat = _flat(x)
+        flat = flattened(type(self).__name__, x)
         W = self.W.to(flat.dtype)
         if flat.shape[1] != W.shape[1]:
             raise ShapeError(f"x has {flat.shape[1]} entries per sample, but W {tuple(W.shape)} takes {W.shape[1]}")
@@ -73,9 +74,3 @@ class AffineRule(DecisionRule):
         if self.bias:
             s = s + self.b.to(flat.dtype)
         return s.reshape(len(flat), *self.shape)
-
-
-def _flat(x: tuple[Tensor, ...]) -> Tensor:
-    """`(B, n)`: the entries of all contexts."""
-    parts = [part[:, None] if part.ndim == 1 else part.flatten(1) for part in x]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import MissingParameterError, ShapeError
+from convexlearn.errors import ShapeError
+from convexlearn.inputs import as_contexts
 from convexlearn.rules.parameters import LearnedParameters, Role, count_parameters
 
 __all__ = ["Context", "DecisionRule", "ModuleRule", "Role", "as_rule", "as_tuple"]
@@ -48,8 +49,7 @@ class DecisionRule(LearnedParameters):
         """Decisions s `(B, T, ...)` for contexts x `(B, T, ...)`, one step after the other."""
         if type(self).decide is DecisionRule.decide:
             raise NotImplementedError(f"{type(self).__name__} must override forward, or start and decide")
-        if not x:
-            raise MissingParameterError(f"{type(self).__name__} needs a context x of shape (B, T, ...)")
+        x = as_contexts(type(self).__name__, x)
         if any(part.ndim < 2 or part.shape[1] == 0 for part in x):
             raise ShapeError(f"x must have shape (B, T, ...) with T > 0, got {[tuple(p.shape) for p in x]}")
         steps = [parts[0] if len(x) == 1 else parts for parts in zip(*(part.unbind(1) for part in x))]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from convexlearn.domains import Domain
 from convexlearn.errors import CompileError, DomainError, MissingParameterError, OptionError, ShapeError, suggest
 from convexlearn.failures import collector
+from convexlearn.inputs import as_tensor
 from convexlearn.layer import ConvexLayer, LayerSolution
-from convexlearn.layer_arguments import as_tensor, result_type
+from convexlearn.layer_arguments import result_type
 from convexlearn.program.declaration import value_of
 from convexlearn.rules.base import DecisionRule, Role, as_tuple
 from convexlearn.solvers.base import Solver

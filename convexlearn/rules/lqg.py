@@ -7,6 +7,7 @@ from torch import Tensor
 
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.inputs import as_contexts
 from convexlearn.riccati import (
     check_psd,
     dlyap,
@@ -83,6 +84,7 @@ class LQR(DecisionRule):
 
     def start(self, x: Tensor) -> FeedbackMemory:
         """The gains, computed once per rollout."""
+        _check_state(self, "z", x, len(self.A))
         return FeedbackMemory(-_stacked(self.control_gain).to(x.dtype).mT)
 
     def decide(self, x: Tensor, memory: FeedbackMemory | None = None) -> tuple[Tensor, FeedbackMemory]:
@@ -94,7 +96,10 @@ class LQR(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """s `(B, m)` for the state x `(B, n)`; `(B, T, ...)` with a finite horizon."""
-        return super().forward(*x) if self.recursive else self.decide(x[0])[0]
+        if self.recursive:
+            return super().forward(*x)
+        (z,) = as_contexts(type(self).__name__, x, most=1)
+        return self.decide(z)[0]
 
 
 class LQG(DecisionRule):
@@ -189,6 +194,7 @@ class LQG(DecisionRule):
     def start(self, x: Tensor, state: Tensor | None = None) -> ControlMemory:
         """The gains, computed once per rollout, and the state `(B, n)` expected before the first observation."""
         A, B, C = self.A, self.B, self.C
+        _check_state(self, "x", x, len(C))
         K, L = _stacked(self.control_gain), _stacked(self.filter_gain)
         constants = (M.to(x.dtype).mT for M in (-K, L, A - B @ K, C))
         prior = x.new_zeros(len(x), len(A)) if state is None else state.to(x.dtype).expand(len(x), len(A))
@@ -242,9 +248,10 @@ def _position(rule: Any, step: int) -> int:
     return step
 
 
-def _check_state(rule: DecisionRule, name: str, x: Tensor, size: int) -> None:
-    if x.ndim != 2 or x.shape[1] != size:
-        raise ShapeError(f"{type(rule).__name__}: {name} must have shape (B, {size}) per step, got {tuple(x.shape)}")
+def _check_state(rule: DecisionRule, name: str, x: Any, size: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != size:
+        got = tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} contexts" if isinstance(x, tuple) else repr(x)
+        raise ShapeError(f"{type(rule).__name__}: {name} must have shape (B, {size}) per step, got {got}")
 
 
 def _needs_horizon(name: str, horizon: int | None) -> None:

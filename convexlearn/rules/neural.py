@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from convexlearn.inputs import as_contexts
 from convexlearn.rules.base import DecisionRule
 
 
@@ -25,6 +26,13 @@ class NeuralRule(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """s `(B, ...)`, computed in the network's dtype and returned in that of x."""
-        weight = next(self.network.parameters(), x[0])
-        s = self.network(*(part.to(weight.dtype) for part in x)).to(x[0].dtype)
+        s = run_network(self.network, as_contexts(type(self).__name__, x))
         return s if self.shape is None else s.reshape(len(s), *self.shape)
+
+
+def run_network(network: nn.Module, x: tuple[Tensor, ...]) -> Tensor:
+    """network(*x), computed in the network's dtype and returned in that of x; a rule sees to its dtype itself."""
+    if isinstance(network, DecisionRule):
+        return network(*x)
+    weight = next(network.parameters(), x[0])
+    return network(*(part.to(weight.dtype) for part in x)).to(x[0].dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from convexlearn.block_tridiagonal import solve
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.inputs import as_contexts
 from convexlearn.rules.base import DecisionRule
 from convexlearn.rules.kalman import declare_model
 
@@ -69,9 +70,10 @@ class KalmanSmoother(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """z `(B, T, n)`, or C z, for x `(B, T, p)` with NaN where an entry is missing: one decision for all times."""
-        observed, y = self._observations(x[0])
+        (sequence,) = as_contexts(type(self).__name__, x, most=1)
+        observed, y = self._observations(sequence)
         diagonal, below, right = self._conditions(observed, y)
-        z = solve(diagonal, below, right).to(x[0].dtype)
+        z = solve(diagonal, below, right).to(sequence.dtype)
         return z if self.output == "state" else z @ self.C.to(z.dtype).mT
 
     def _conditions(self, observed: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError
 from convexlearn.gain_networks import GainSignals
+from convexlearn.inputs import as_floating
 from convexlearn.riccati import FilterGains, kalman_update
 from convexlearn.rules.base import DecisionRule, as_tuple
 
@@ -251,6 +252,7 @@ class StateFilter(DecisionRule):
 
     def _sequence(self, x: Tensor, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Observations `(B, T, p)`, inputs `(B, T - 1, m)` or None, and the first prior `(B, n)`; all checked."""
+        x = as_floating("x", x, f"{type(self).__name__}: context")
         if x.ndim < 2 or x.shape[1] == 0 or (self.features is None and x.ndim != 3):
             raise ShapeError(f"x must have shape (B, T, {self.p}) with T > 0, got {tuple(x.shape)}")
         batch, steps = x.shape[:2]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convexlearn.chain import SEMIRINGS, ChainFactors, best_path, log_marginals
 from convexlearn.errors import OptionError, ShapeError, suggest
+from convexlearn.inputs import as_contexts
 from convexlearn.rules.base import DecisionRule
 
 
@@ -58,19 +59,22 @@ class SumProduct(DecisionRule):
 
     def forward(self, *x: Any) -> Tensor:
         """Log marginals `(B, T, S)`, or `(B, T, M)` with labels; NaN for a sample without a possible path."""
-        states = log_marginals(self.factor(*x), self.initial, self.semiring)
+        states = log_marginals(self._factors(x), self.initial, self.semiring)
         if self.labels is None:
             return states
         if len(self.labels) != states.shape[-1]:
             raise ShapeError(f"SumProduct: {len(self.labels)} labels for {states.shape[-1]} states of the factor")
         return torch.stack([self._together(states, m) for m in range(_top(self.labels))], -1)
 
+    def _factors(self, x: tuple[Any, ...]) -> ChainFactors | Tensor:
+        return self.factor(*as_contexts(type(self).__name__, x))
+
     def path(self, *x: Any) -> Tensor:
         """The most probable sequence `(B, T)` of states, or of their labels, by the Viterbi algorithm.
 
         With labels it is that of the most probable path of states; -1 where no path is possible.
         """
-        states = best_path(self.factor(*x), self.initial)
+        states = best_path(self._factors(x), self.initial)
         if self.labels is None:
             return states
         return torch.where(states < 0, states, self.labels.to(states.device)[states])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from convexlearn.domains import Domain
 from convexlearn.errors import OptionError, ShapeError
+from convexlearn.inputs import flattened
 from convexlearn.rules.base import DecisionRule
 
 NONNEGATIVE = Domain.from_attributes((), {"nonneg": True})
@@ -89,7 +90,7 @@ class TreeRule(DecisionRule):
 
     def forward(self, *x: Tensor) -> Tensor:
         """s `(B, *out)` for x `(B, ...)`, or several contexts, which are flattened and joined."""
-        flat = torch.cat([part[:, None] if part.ndim == 1 else part.flatten(1) for part in x], 1)
+        flat = flattened(type(self).__name__, x)
         decisions = self.decisions.to(flat.dtype)
         if flat.shape[1] != self.weights.shape[1]:
             raise ShapeError(f"x has {flat.shape[1]} entries per sample, but the tree takes {self.weights.shape[1]}")
