@@ -40,24 +40,16 @@ FIGURES = {
 }
 """Which of an entry's figures stands in the gallery; the first one for entries that are not listed."""
 
-SHORTER = {"lista-benchmark": ["--set", "measurements=50", "--set", "unknowns=100"]}
-"""Arguments that make an entry of more than twenty minutes a shorter one."""
-
 MOST_BYTES = 60_000
-
-
-def arguments(name: str) -> list[str]:
-    """The command line of an entry, without the folder of the figures."""
-    return ["tune", name, *SHORTER.get(name, [])]
 
 
 def run(name: str, folder: Path) -> str:
     """What the command prints; its figures go to `folder`."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main([*arguments(name), "--quiet", "--plot", str(folder)])
+        code = main(["tune", name, "--quiet", "--plot", str(folder)])
     if code:
-        raise SystemExit(f"convexlearn {' '.join(arguments(name))} failed")
+        raise SystemExit(f"convexlearn tune {name} failed")
     lines = printed.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines if not line.startswith("drew:")) + "\n"
 
