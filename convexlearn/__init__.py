@@ -6,6 +6,7 @@ from convexlearn.convolution import Convolution
 from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
+from convexlearn.export import export_c
 from convexlearn.gain_networks import GainSignals, RecurrentGain
 from convexlearn.history import History
 from convexlearn.iterations.admm import ADMM
@@ -90,6 +91,7 @@ __all__ = [
     "dlyap",
     "errors",
     "evaluate",
+    "export_c",
     "flows",
     "load",
     "lqr_gain",

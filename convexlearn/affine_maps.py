@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
@@ -47,6 +48,12 @@ class LinearMap:
     @staticmethod
     def of(matrix: sp.sparray) -> "LinearMap":
         """The map of a fixed sparse matrix, stored as suits it."""
+        made = LinearMap._stored(matrix)
+        _ = made.tight, made.is_identity  # read here, where tensors have numbers: while a rule is traced they have none
+        return made
+
+    @staticmethod
+    def _stored(matrix: sp.sparray) -> "LinearMap":
         csr = sp.csr_array(matrix)
         csr.eliminate_zeros()
         shape = (csr.shape[0], csr.shape[1])
@@ -65,7 +72,7 @@ class LinearMap:
         sparse = torch.sparse_coo_tensor(indices, torch.as_tensor(coo.data), shape, check_invariants=False).coalesce()
         return LinearMap(shape, matrix=sparse, row_products=products)
 
-    @property
+    @cached_property
     def tight(self) -> float | None:
         """a where A A' = a I, else None."""
         if self.row_products is None or not len(self.row_products):
@@ -73,7 +80,7 @@ class LinearMap:
         low, high = self.row_products.min().item(), self.row_products.max().item()
         return high if high - low <= EQUAL * high else None
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """True for a multiple of the identity."""
         return self.index is not None and self.rows == self.columns and bool((self.index.diff() == 1).all())
@@ -85,7 +92,9 @@ class LinearMap:
         if matrix is not None:
             matrix = matrix.to(device=like.device, dtype=like.dtype if matrix.is_complex() else like.real.dtype)
         products = None if self.row_products is None else self.row_products.to(like.real)
-        return LinearMap((self.rows, self.columns), matrix=matrix, index=index, scale=self.scale, row_products=products)
+        twin = LinearMap((self.rows, self.columns), matrix=matrix, index=index, scale=self.scale, row_products=products)
+        twin.__dict__.update(tight=self.tight, is_identity=self.is_identity)  # known once, not read from the copy
+        return twin
 
     def __call__(self, z: Tensor) -> Tensor:
         """A z."""
@@ -119,9 +128,12 @@ class LinearMap:
             return LinearMap((self.rows, self.columns), matrix=factor.reshape(*factor.shape, 1, 1) * self.dense())
         products = None if self.row_products is None else factor**2 * self.row_products
         matrix = None if self.matrix is None else factor * self.matrix
-        return LinearMap(
+        twin = LinearMap(
             (self.rows, self.columns), matrix=matrix, index=self.index, scale=factor * self.scale, row_products=products
         )
+        tight = None if self.tight is None else factor**2 * self.tight
+        twin.__dict__.update(tight=tight, is_identity=self.is_identity)
+        return twin
 
     def norm_squared(self) -> Tensor:
         """Largest eigenvalue of A^H A, `()` or `(B,)`, differentiable where the matrix is dense."""

@@ -126,7 +126,7 @@ class Descent:
     def advance(self) -> dict[str, Any]:
         """One gradient step; one validation when due."""
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate(self.step) if callable(rate) else rate
+            group["lr"] = float(rate(self.step) if callable(rate) else rate)  # a numpy number could not be resumed
         records: list[dict[str, Any]] = []
         self.rule.train()
         self.optimizer.step(lambda: self.gradient(records))  # type: ignore[arg-type]  # LBFGS asks repeatedly

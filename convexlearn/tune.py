@@ -147,7 +147,7 @@ def _groups(
     for name, rate in zip(members, rates):
         if not callable(rate) and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
             raise OptionError(f"tune: learning_rate{f' of {name!r}' if name else ''} must be >= 0, got {rate!r}")
-    starts = [rate(0) if callable(rate) else rate for rate in rates]
+    starts = [float(rate(0) if callable(rate) else rate) for rate in rates]
     return [{"params": group, "lr": lr} for group, lr in zip(members.values(), starts)], rates
 
 

@@ -7,9 +7,11 @@ import torch
 from cvxpylayers.torch import CvxpyLayer
 from quadratic_cases import FAMILIES
 
-from convexlearn import ConvexLayer
+from convexlearn import ConvexLayer, ConvexRule, evaluate, tune
 from convexlearn.errors import CompileError, OptionError, SolverError
 from convexlearn.interop import QuadraticInterface
+from convexlearn.objectives import squared_error
+from convexlearn.simulate.pairs import Pairs
 
 
 def family(name, shared, batch=4):
@@ -92,3 +94,76 @@ def test_misuse_is_named():
     cone = cp.Problem(cp.Minimize(cp.norm(x - t)))
     with pytest.raises(CompileError, match="cones of kind soc"):
         CvxpyLayer(cone, [t], [x], solver=QuadraticInterface())
+
+
+def policy():
+    """A rule whose parameter rho is to be learned."""
+    s, x = cp.Variable(3, name="s"), cp.Parameter(3, name="x")
+    rho = cp.Parameter(nonneg=True, name="rho", value=0.2)
+    return ConvexRule(cp.Problem(cp.Minimize(cp.sum_squares(s - x) + rho * cp.norm1(s))), [x], s)
+
+
+def test_a_cvxpylayers_layer_is_a_rule_that_is_tuned_like_ours():
+    """The layer, wrapped in a module that holds its parameter, in tune, evaluate, and as features of a ConvexRule."""
+    u, x, rho = cp.Variable(3), cp.Parameter(3), cp.Parameter(nonneg=True)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(u - x) + rho * cp.norm1(u)))
+    layer = CvxpyLayer(problem, [x, rho], [u], solver=QuadraticInterface())
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rho = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+        def forward(self, x):
+            return layer(x, self.rho)[0]
+
+    x = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = Pairs(x, torch.sign(x) * (x.abs() - 0.5).clamp(min=0))
+    rules = [Wrapped(), policy()]
+    given = {"steps": 1, "optimizer": torch.optim.SGD, "clip": None, "progress": False}
+    histories = [tune(rule, pairs, squared_error, **given) for rule in rules]
+    losses = [history[0]["loss"] for history in histories]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    assert float(rules[0].rho.detach()) > 0.2
+    assert float(rules[1].rho.detach()) > 0.2
+    scores = [evaluate(rule, pairs, squared_error).mean for rule in rules]
+    assert all(score < loss for score, loss in zip(scores, losses))
+
+    s, y = cp.Variable(3), cp.Parameter(3, name="y")
+    inside = ConvexRule(cp.Problem(cp.Minimize(cp.sum_squares(s - y)), [s >= 0]), [y], s, features=Wrapped())
+    inside(x).sum().backward()
+    assert inside.features.rho.grad is not None
+    torch.testing.assert_close(inside(x), Wrapped()(x).clamp(min=0), atol=1e-8, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:The '.*dataloader:UserWarning")  # Lightning's
+def test_a_rule_trains_unchanged_inside_lightning(tmp_path):
+    lightning = pytest.importorskip("pytorch_lightning")
+    x = torch.randn(32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(x, torch.sign(x) * (x.abs() - 0.5).clamp(min=0))
+
+    class Task(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.rule = policy()
+
+        def training_step(self, batch, number):
+            return (self.rule(batch[0]) - batch[1]).square().sum(1).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    task = Task()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(max_epochs=150, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=32))
+    assert float(task.rule.rho.detach()) == pytest.approx(1.0, abs=0.02)  # 2 (s - x) + rho sign(s) = 0: 0.5 less for 1
+    trainer.save_checkpoint(tmp_path / "task.ckpt", weights_only=True)
+    again = Task()
+    again.load_state_dict(torch.load(tmp_path / "task.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(again.rule.rho, task.rule.rho)

@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -459,3 +460,11 @@ def test_history_plots_and_serialises():
     assert [line.get_label() for line in ax.get_lines()] == ["loss", "validation", "best"]
     assert list(ax.get_lines()[0].get_ydata()) == history.column("loss")
     assert history.plot(ax) is ax
+
+
+def test_numpy_learning_rates_can_be_resumed(tmp_path):
+    path, rates = tmp_path / "run.pt", np.geomspace(0.1, 0.01, 9)
+    expected_rule, _ = run(steps=9, learning_rate=lambda k: rates[k])
+    run(steps=4, learning_rate=lambda k: rates[k], checkpoint=path)
+    rule, _ = run(steps=9, learning_rate=lambda k: rates[k], checkpoint=path)
+    assert torch.equal(rule.W, expected_rule.W)
