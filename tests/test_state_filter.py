@@ -152,9 +152,7 @@ def test_variances_of_features_are_differentiated_and_a_missing_sample_stays_mis
 def test_variances_of_features_must_be_positive_and_of_the_right_shape():
     rule, x = KalmanFilter(A, None, C, V, W, features=Doubtful()), torch.ones(2, 3, 6, dtype=torch.float64)
     x[1, 2, 4] = -1
-    with pytest.raises(
-        DomainError, match=r"relative variances of features\(x\) must be positive.*-1 at index \(5, 1"
-    ):
+    with pytest.raises(DomainError, match=r"relative variances of features\(x\) must be positive.*-1 at index \(5, 1"):
         rule(x)
     with pytest.raises(ShapeError, match=r"relative variances \(6, 2\) for observations \(6, 3\)"):
         KalmanFilter(A, None, C, V, W, features=lambda x: (x[:, :3], x[:, :2].exp()))(x)
