@@ -30,6 +30,7 @@ FIGURES = {
     "markowitz": "wealth",
     "microscopy": "field",
     "mpc-weights": "weights",
+    "pendulum-tracking": "film",
     "sparse-recovery": "rho",
     "super-resolution": "reconstructions",
     "supply-chain": "costs",

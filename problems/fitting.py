@@ -1,5 +1,6 @@
 """Ways to fit a contender: gradient descent through the simulation, or a grid searched by evaluation."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,19 @@ from convexlearn.objectives import Objective
 from convexlearn.problems.catalogue import Budget, Result
 from convexlearn.report import new_axes, plot_history
 from convexlearn.tune import History, tune
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Outcome of several fits: the name and the history of the chosen one."""
+
+    chosen: str
+    history: History
+
+    @property
+    def stopped(self) -> str:
+        """Why the chosen fit ended early, or nothing."""
+        return self.history.stopped
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +59,24 @@ def gradient(
             rates = falling(learning_rate)
         given = {"steps": total, "learning_rate": rates, "seed": budget.seed, "progress": budget.progress}
         return tune(rule, train, objective, **given, **options)
+
+    return fit
+
+
+def best_of(fits: Mapping[str, Callable[[Any, Budget], History]]) -> Callable[[Any, Budget], Choice]:
+    """Fit from the same start by each of `fits`; the rule keeps the weights with the least validation error."""
+
+    def fit(rule: Any, budget: Budget) -> Choice:
+        start, found = copy.deepcopy(rule.state_dict()), []
+        for name, one in fits.items():
+            rule.load_state_dict(start)
+            history = one(rule, budget)
+            found.append((history.best["value"], copy.deepcopy(rule.state_dict()), Choice(name, history)))
+            if history.stopped.startswith("interrupted"):
+                return found[-1][2]
+        _, weights, choice = min(found, key=lambda entry: entry[0])
+        rule.load_state_dict(weights)
+        return choice
 
     return fit
 

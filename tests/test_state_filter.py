@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from convexlearn.errors import NonFiniteError, OptionError
+from convexlearn.errors import DomainError, NonFiniteError, OptionError, ShapeError
 from convexlearn.gain_networks import RecurrentGain
 from convexlearn.objectives import mean_squared_error
 from convexlearn.riccati import kalman_recursion
+from convexlearn.rules.extended_kalman import ExtendedKalmanFilter
 from convexlearn.rules.kalman import KalmanFilter
 from convexlearn.rules.state_filter import covariances_of_gain
 from convexlearn.simulate.pairs import Pairs
@@ -91,3 +92,67 @@ def test_a_gain_that_blows_up_is_named():
     rule = KalmanFilter(A, None, eye, gain=RecurrentGain(2, 2, start=1e3 * torch.eye(2)))
     with pytest.raises(NonFiniteError, match=r"tune, step 0: .* gain"):
         tune(rule, Pairs(x, z), mean_squared_error, steps=1, progress=False)
+
+
+class Doubtful(nn.Module):
+    """Observations and their relative variances side by side: x `(B, 2 p)`."""
+
+    def forward(self, x):
+        return tuple(x.chunk(2, -1))
+
+
+def conditional(y, ratios, start):
+    """Mean and covariance of the last state given all y `(T, p)`, from the joint normal distribution."""
+    T, n = len(y), len(A)
+    powers = [torch.linalg.matrix_power(A, t) for t in range(T)]
+    P, marginal = torch.zeros(T * n, T * n, dtype=torch.float64), start
+    for t in range(T):
+        for k in range(T - t):
+            block = powers[k] @ marginal
+            P[(t + k) * n : (t + k + 1) * n, t * n : (t + 1) * n] = block
+            P[t * n : (t + 1) * n, (t + k) * n : (t + k + 1) * n] = block.mT
+        marginal = A @ marginal @ A.mT + V
+    H = torch.block_diag(*[C] * T)
+    noise = torch.block_diag(*(torch.diag(r.sqrt()) @ W @ torch.diag(r.sqrt()) for r in ratios))
+    L = torch.linalg.solve(H @ P @ H.mT + noise, H @ P).mT
+    return (L @ y.flatten())[-n:], (P - L @ H @ P)[-n:, -n:]
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_features_with_variances_give_the_conditional_mean(extended):
+    y, r = randn(1, 2, 5, 3), randn(2, 2, 5, 3).exp()
+    if extended:
+        rule = ExtendedKalmanFilter(lambda z: z @ A.mT, lambda z: z @ C.mT, V, W, features=Doubtful())
+    else:
+        rule = KalmanFilter(A, None, C, V, W, features=Doubtful())
+    x = torch.cat([y, r], -1)
+    means, moments = rule(x, covariance=V), rule.moments(x, covariance=V)
+    torch.testing.assert_close(moments.mean, means)
+    for i in range(2):
+        mean, covariance = conditional(y[i], r[i], V)
+        torch.testing.assert_close(means[i, -1], mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(moments.gains.posterior[i, -1], covariance, rtol=1e-9, atol=1e-9)
+    memory = rule.start(x[:, 0], covariance=V)
+    for t in range(5):
+        decision, memory = rule.decide(x[:, t], memory)
+        torch.testing.assert_close(decision, means[:, t])
+
+
+def test_variances_of_features_are_differentiated_and_a_missing_sample_stays_missing():
+    y, r = randn(3, 1, 4, 3), randn(4, 1, 4, 3).exp().requires_grad_()
+    rule = KalmanFilter(A, None, C, V, W, features=Doubtful()).freeze()
+    assert torch.autograd.gradcheck(lambda r: rule(torch.cat([y, r], -1)), (r,))
+    gap = y.clone()
+    gap[0, 1] = torch.nan
+    torch.testing.assert_close(
+        rule(torch.cat([gap, torch.ones_like(r)], -1)), KalmanFilter(A, None, C, V, W)(gap), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_variances_of_features_must_be_positive_and_of_the_right_shape():
+    rule, x = KalmanFilter(A, None, C, V, W, features=Doubtful()), torch.ones(2, 3, 6, dtype=torch.float64)
+    x[1, 2, 4] = -1
+    with pytest.raises(DomainError, match=r"relative variances of features\(x\) must be positive.*-1 at index \(5, 1"):
+        rule(x)
+    with pytest.raises(ShapeError, match=r"relative variances \(6, 2\) for observations \(6, 3\)"):
+        KalmanFilter(A, None, C, V, W, features=lambda x: (x[:, :3], x[:, :2].exp()))(x)

@@ -25,7 +25,8 @@ class KalmanFilter(StateFilter):
     gain: None for the Riccati gain; a tensor `(n, p)`, learned; or a module such as RecurrentGain, called at
     each step as `gain(signals, memory) -> (L (B, n, p), memory)` with GainSignals and memory None at first
     (Example 18). V and W may be None with an own gain. features: a module applied to x `(B, ...)` of one time,
-    of which a sample with a missing entry is missing altogether (Example 19). correction: a module called as
+    of which a sample with a missing entry is missing altogether (Example 19); it may add the relative variances
+    `(B, p)` of its errors, see StateFilter. correction: a module called as
     `correction(signals, mean, memory) -> (d (B, n), memory)`, in parallel with the filter; d is added to the
     filtered mean (reference 9: Satorras, Akata, Welling 2019).
 
@@ -78,7 +79,11 @@ class KalmanFilter(StateFilter):
         """
         if isinstance(self.gain, nn.Module) or self.correction is not None:
             return super().forward(x, inputs, state, covariance)
-        y, drive, prior = self._sequence(x, inputs, state)
+        seen, drive, prior = self._sequence(x, inputs, state)
+        if seen.ratios is not None and self.gain is None:
+            updates, _ = self._updates(seen, drive, self._start(prior, covariance))
+            return torch.stack([update.decision for update in updates], 1)
+        y = seen.values
         missing = torch.isnan(y)
         L = self._gains(missing, covariance).to(y.dtype)
         return self._means(L, torch.where(missing, 0.0, y), drive, prior)
@@ -93,7 +98,10 @@ class KalmanFilter(StateFilter):
         """As `StateFilter.moments`, at once with the Riccati gain alone."""
         if self.gain is not None or self.correction is not None:
             return super().moments(x, inputs, state, covariance)
-        y, drive, prior = self._sequence(x, inputs, state)
+        seen, drive, prior = self._sequence(x, inputs, state)
+        if seen.ratios is not None:
+            return self._moments(seen, drive, self._start(prior, covariance))
+        y = seen.values
         missing = torch.isnan(y)
         gains = self._recursion(missing, self.start_covariance(covariance, len(y)))
         return Moments(self._means(gains.gain.to(y.dtype), torch.where(missing, 0.0, y), drive, prior), gains)

@@ -33,6 +33,20 @@ class Moments(NamedTuple):
     gains: FilterGains
 
 
+class Observations(NamedTuple):
+    """What the filter sees, NaN where missing, and where features say it the relative variances of their errors.
+
+    values, ratios: `(B, p)` of one time, `(B, T, p)` of a sequence.
+    """
+
+    values: Tensor
+    ratios: Tensor | None = None
+
+    def at(self, t: int) -> "Observations":
+        """Those of time t of a sequence."""
+        return Observations(self.values[:, t], None if self.ratios is None else self.ratios[:, t])
+
+
 class Update(NamedTuple):
     """One step: decision `(B, n)`, gain, and with the Riccati gain the covariance after the observation."""
 
@@ -46,7 +60,9 @@ class StateFilter(DecisionRule):
 
     Slots. gain: None for the Riccati gain; a tensor `(n, p)`, learned; or a module called at each step as
     `gain(signals, memory) -> (L (B, n, p), memory)` with GainSignals and memory None at first. features: a
-    module applied to x of one time. correction: a module in parallel, `correction(signals, mean, memory) ->
+    module applied to x of one time that gives observations `(B, p)`, or a pair of them and positive `(B, p)`, the
+    relative variances r of their errors: the covariance of the noise is then diag(r)^1/2 W diag(r)^1/2 (Haarnoja
+    and others, Backprop KF, 2016). correction: a module in parallel, `correction(signals, mean, memory) ->
     (d (B, n), memory)`, whose d is added to the filtered mean; the filter goes on from the mean without it.
     """
 
@@ -132,7 +148,7 @@ class StateFilter(DecisionRule):
         the first observation, before it; by default zero and `default_covariance()`.
         """
         y, drive, prior = self._sequence(x, inputs, state)
-        updates, _ = self._updates(y, drive, self._start(y, prior, covariance))
+        updates, _ = self._updates(y, drive, self._start(prior, covariance))
         return torch.stack([update.decision for update in updates], 1)
 
     def moments(
@@ -147,12 +163,12 @@ class StateFilter(DecisionRule):
         Reading takes W and an observation matrix of full column rank: see `covariances_of_gain`.
         """
         y, drive, prior = self._sequence(x, inputs, state)
-        return self._moments(y, drive, self._start(y, prior, covariance))
+        return self._moments(y, drive, self._start(prior, covariance))
 
     def start(self, x: Any, state: Tensor | None = None, covariance: Tensor | None = None) -> Belief:
         """The belief before the first observation; x `(B, ...)` gives the batch; zero state by default."""
-        y = self._features(as_tuple(x)[0])
-        return self._start(y, self._start_state(state, y), covariance)
+        y = self._features(as_tuple(x)[0]).values
+        return self._start(self._start_state(state, y), covariance)
 
     def decide(self, x: Any, memory: Belief | None = None) -> tuple[Tensor, Belief]:
         """Filtered mean `(B, n)` after x `(B, p)`; a tuple (x, s) predicts the next state with input s `(B, m)`."""
@@ -167,11 +183,19 @@ class StateFilter(DecisionRule):
     def _accept(self, inputs: Tensor | None) -> None:
         """Refuse inputs that the model has no place for."""
 
-    def _start(self, y: Tensor, prior: Tensor, covariance: Tensor | None) -> Belief:
-        return Belief(prior, self.start_covariance(covariance, len(y)) if self.gain is None else None)
+    def _start(self, prior: Tensor, covariance: Tensor | None) -> Belief:
+        return Belief(prior, self.start_covariance(covariance, len(prior)) if self.gain is None else None)
 
-    def _step(self, belief: Belief, y: Tensor, s: Tensor | None, last: bool = False) -> tuple[Update, Belief]:
-        """The update by observation y `(B, p)`, and the belief after input s; no prediction after the last one."""
+    def _noise(self, ratios: Tensor | None) -> Tensor:
+        """W, or the covariances `(..., p, p)` with relative variances `(..., p)`; float64."""
+        if ratios is None:
+            return self.W.double()
+        root = ratios.double().sqrt()
+        return root[..., None] * self.W.double() * root[..., None, :]
+
+    def _step(self, belief: Belief, seen: Observations, s: Tensor | None, last: bool = False) -> tuple[Update, Belief]:
+        """The update by the observation of one time, and the belief after input s; no prediction after the last."""
+        y = seen.values
         posterior = covariance = signals = kept = corrected = None
         riccati = self.gain is None
         predicted, C = self.linear_measure(belief.prior) if riccati else (self.measure(belief.prior), None)
@@ -185,8 +209,8 @@ class StateFilter(DecisionRule):
             L = self.gain
         else:
             P = self.start_covariance(None, len(y)) if belief.covariance is None else belief.covariance
-            seen = None if bool(observed.all()) else observed
-            L, posterior = kalman_update(P, C.double(), self.W.double(), seen)  # pyright: ignore[reportOptionalMemberAccess]
+            mask = None if bool(observed.all()) else observed
+            L, posterior = kalman_update(P, C.double(), self._noise(seen.ratios), mask)  # pyright: ignore[reportOptionalMemberAccess]
         mean = decision = belief.prior + torch.einsum("...np,...p->...n", L.to(y.dtype), innovation)
         if self.correction is not None:
             change, corrected = self.correction(signals, mean, belief.correction)
@@ -203,32 +227,35 @@ class StateFilter(DecisionRule):
             signals = signals._replace(mean=mean, mean_before=signals.mean)
         return Update(decision, L, posterior), Belief(prior, covariance, signals, kept, corrected)
 
-    def _updates(self, y: Tensor, drive: Tensor | None, belief: Belief) -> tuple[list[Update], list[Belief]]:
+    def _updates(self, y: Observations, drive: Tensor | None, belief: Belief) -> tuple[list[Update], list[Belief]]:
         """All updates of a sequence, and the belief before each."""
-        updates, beliefs = [], []
-        for t in range(y.shape[1]):
+        updates, beliefs, steps = [], [], y.values.shape[1]
+        for t in range(steps):
             s = None if drive is None or t >= drive.shape[1] else drive[:, t]
             beliefs.append(belief)
-            update, belief = self._step(belief, y[:, t], s, last=t == y.shape[1] - 1)
+            update, belief = self._step(belief, y.at(t), s, last=t == steps - 1)
             updates.append(update)
         return updates, beliefs
 
-    def _moments(self, y: Tensor, drive: Tensor | None, belief: Belief) -> Moments:
+    def _moments(self, y: Observations, drive: Tensor | None, belief: Belief) -> Moments:
         """Means, gains and covariances step by step; those of an own gain are read from it."""
         updates, beliefs = self._updates(y, drive, belief)
+
+        def every(matrices: list[Any]) -> Tensor:
+            return torch.stack([matrix.double().expand(len(y.values), -1, -1) for matrix in matrices], 1)
+
         mean = torch.stack([update.decision for update in updates], 1)
-        L = torch.stack([update.gain.double().expand(len(y), -1, -1) for update in updates], 1)
+        L = every([update.gain for update in updates])
         if self.gain is None:
-            given = [b.covariance.expand(len(y), -1, -1) for b in beliefs]  # pyright: ignore[reportOptionalMemberAccess]
-            posterior = torch.stack([update.posterior for update in updates], 1)  # pyright: ignore[reportArgumentType]
-            return Moments(mean, FilterGains(L, torch.stack(given, 1), posterior.expand(len(y), *posterior.shape[1:])))
+            priors, posteriors = [b.covariance for b in beliefs], [update.posterior for update in updates]
+            return Moments(mean, FilterGains(L, every(priors), every(posteriors)))
         if "W" not in self._declared:
             raise OptionError("moments: covariances are read from an own gain and W; give the filter W")
         with torch.no_grad():
             priors = torch.cat([belief.prior for belief in beliefs])
             C = self.linear_measure(priors)[1].double()
         C = C.unflatten(0, (len(beliefs), -1)).transpose(0, 1) if C.ndim == 3 else C
-        return Moments(mean, covariances_of_gain(L, C, self.W.double()))
+        return Moments(mean, covariances_of_gain(L, C, self._noise(y.ratios)))
 
     def _start_state(self, state: Tensor | None, y: Tensor) -> Tensor:
         batch = len(y)
@@ -239,37 +266,45 @@ class StateFilter(DecisionRule):
         _refuse_not_finite("state", state)
         return state.to(y.dtype).expand(batch, self.n)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Observations:
         """Observations `(B, p)` of one time, NaN where missing."""
+        ratios = None
         if self.features is not None:
             rows = torch.isnan(x).reshape(len(x), x[:1].numel() if len(x) else 1).any(-1)
             y = self.features(torch.nan_to_num(x, nan=0.0))
+            y, ratios = y if isinstance(y, tuple) else (y, None)
             x = torch.where(rows.reshape(-1, *[1] * (y.ndim - 1)), torch.nan, y)
         if x.ndim != 2 or x.shape[-1] != self.p:
             what = "features(x)" if self.features is not None else "x"
             raise ShapeError(f"{what} must have {self.p} entries per time, as C has rows; got {tuple(x.shape)}")
-        return x
+        if ratios is not None:
+            _check_ratios(ratios, x)
+        return Observations(x, ratios)
 
-    def _sequence(self, x: Tensor, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _sequence(
+        self, x: Tensor, inputs: Tensor | None, state: Tensor | None
+    ) -> tuple[Observations, Tensor | None, Tensor]:
         """Observations `(B, T, p)`, inputs `(B, T - 1, m)` or None, and the first prior `(B, n)`; all checked."""
         x = as_floating("x", x, f"{type(self).__name__}: context")
         if x.ndim < 2 or x.shape[1] == 0 or (self.features is None and x.ndim != 3):
             raise ShapeError(f"x must have shape (B, T, {self.p}) with T > 0, got {tuple(x.shape)}")
         batch, steps = x.shape[:2]
-        y = self._features(x.flatten(0, 1)).reshape(batch, steps, self.p)
+        seen = self._features(x.flatten(0, 1))
+        seen = Observations(*(part if part is None else part.unflatten(0, (batch, steps)) for part in seen))
+        y = seen.values
         infinite = torch.isinf(y)
         if bool(infinite.any()):
             i, t, _ = torch.nonzero(infinite)[0].tolist()
             raise DomainError(f"x is infinite in batch element {i} at time {t}; mark missing observations by NaN")
         prior = self._start_state(state, y)
         if inputs is None:
-            return y, None, prior
+            return seen, None, prior
         self._accept(inputs)
         m = self._inputs or inputs.shape[-1]
         if tuple(inputs.shape) not in {(batch, steps, m), (batch, steps - 1, m)}:
             raise ShapeError(f"inputs must have shape ({batch}, {steps}, {m}), got {tuple(inputs.shape)}")
         _refuse_not_finite("inputs", inputs)
-        return y, inputs[:, : steps - 1].to(y.dtype), prior
+        return seen, inputs[:, : steps - 1].to(y.dtype), prior
 
     @property
     def _inputs(self) -> int | None:
@@ -314,4 +349,19 @@ def _refuse_not_finite(name: str, value: Tensor) -> None:
     if bool(bad.any()):
         raise DomainError(
             f"{name} is NaN or infinite at index {tuple(torch.nonzero(bad)[0].tolist())}; only x may have NaN entries"
+        )
+
+
+def _check_ratios(ratios: Tensor, y: Tensor) -> None:
+    if ratios.shape != y.shape:
+        raise ShapeError(
+            f"features(x) gave relative variances {tuple(ratios.shape)} for observations {tuple(y.shape)}; "
+            "they must have the same shape"
+        )
+    bad = ~((ratios.detach() > 0) & torch.isfinite(ratios.detach()))
+    if bool(bad.any()):
+        where = tuple(torch.nonzero(bad)[0].tolist())
+        raise DomainError(
+            f"relative variances of features(x) must be positive and finite, got {float(ratios[where]):.4g} at index "
+            f"{where}; let the network end in exp or softplus"
         )
