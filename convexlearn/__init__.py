@@ -1,6 +1,6 @@
 """convexlearn: decision rules tuned from data."""
 
-from convexlearn import errors, networks, objectives, simulate
+from convexlearn import errors, flows, networks, objectives, simulate
 from convexlearn.chain import ChainFactors
 from convexlearn.convolution import Convolution
 from convexlearn.diagnose import Diagnosis, diagnose
@@ -21,6 +21,7 @@ from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, as_rule
 from convexlearn.rules.channel_factors import ChannelFactor, LearnedFactor, Trellis
 from convexlearn.rules.convex import ConvexRule
+from convexlearn.rules.deep_prior import DeepPrior
 from convexlearn.rules.extended_kalman import ExtendedKalmanFilter
 from convexlearn.rules.feasible import FeasibleRule
 from convexlearn.rules.iterative import Converged, Unfolded
@@ -33,6 +34,7 @@ from convexlearn.rules.policies import adp, mpc
 from convexlearn.rules.smoother import KalmanSmoother
 from convexlearn.rules.sum_product import SumProduct
 from convexlearn.rules.tree import TreeRule
+from convexlearn.saving import load, save
 from convexlearn.simulate.base import Simulator, Trajectory
 from convexlearn.splitting import Split, split
 from convexlearn.tune import tune
@@ -53,6 +55,7 @@ __all__ = [
     "ConvexRule",
     "Convolution",
     "DecisionRule",
+    "DeepPrior",
     "Diagnosis",
     "Domain",
     "Evaluation",
@@ -87,12 +90,15 @@ __all__ = [
     "dlyap",
     "errors",
     "evaluate",
+    "flows",
+    "load",
     "lqr_gain",
     "mpc",
     "networks",
     "objectives",
     "principal_component_pursuit",
     "robust_pca",
+    "save",
     "simulate",
     "split",
     "tune",

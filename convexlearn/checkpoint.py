@@ -1,9 +1,12 @@
 """Checkpoints of a tuning run: written atomically, read as plain data, refused for another run."""
 
 import contextlib
+import itertools
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,24 @@ import torch
 from convexlearn.errors import OptionError
 
 FORMAT = 1
+
+_folder: ContextVar[Iterator[Path] | None] = ContextVar("convexlearn_checkpoints", default=None)
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Within it the k-th call of `tune` that names no checkpoint takes the file `tune-k.pt` of this folder."""
+    token = _folder.set(path / f"tune-{k}.pt" for k in itertools.count(1))
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def chosen(path: str | Path | None) -> Path | None:
+    """The caller's file, else the next one of the folder, if there is one."""
+    files = _folder.get()
+    return Path(path) if path is not None else None if files is None else next(files)
 
 
 def save(path: Path, content: dict[str, Any], configuration: dict[str, str]) -> None:

@@ -4,12 +4,15 @@ Exit codes: 0 success, 1 failure, 2 misuse. The catalogue is found through impor
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         _share_cores()
-        arguments.run(arguments)
+        with _workers():
+            arguments.run(arguments)
     except Misuse as error:
         return _complain(error, MISUSE)
     except KeyboardInterrupt:
@@ -54,12 +58,43 @@ def _share_cores() -> None:
         importlib.import_module("torch").set_num_threads(max(1, cores // 2))
 
 
+@contextlib.contextmanager
+def _workers() -> Iterator[None]:
+    """Join the other processes that torchrun has started; only the first one prints and warns."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    dist = importlib.import_module("torch.distributed")
+    dist.init_process_group("gloo")
+    usual = signal.signal(signal.SIGTERM, _terminated)  # torchrun ends the others when one worker fails
+    try:
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                stack.enter_context(warnings.catch_warnings(action="ignore"))
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+        dist.destroy_process_group()
+
+
+def _terminated(*_: Any) -> None:
+    """End as by an exception, so that a checkpoint is written."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(FAILURE)
+
+
+def _first() -> bool:
+    return importlib.import_module("convexlearn.distributed").first()
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     top = argparse.ArgumentParser(
         prog="convexlearn",
         description="Decision rules tuned from data: the catalogue of declared problems.",
-        epilog="Example: convexlearn tune super-resolution --plot figures --json result.json",
+        epilog="Example: convexlearn tune super-resolution --plot figures --json result.json; in several processes: "
+        "torchrun --nproc-per-node 2 -m convexlearn tune super-resolution --checkpoint run",
     )
     top.add_argument("--version", action="version", version=f"convexlearn {_version()}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -78,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=_positive, metavar="N", help="gradient steps of every rule (2: a smoke run)")
     command.add_argument("--save", type=Path, metavar="FILE", help="store the fitted rules for `evaluate`")
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    text = "write checkpoints into this folder, and resume from those that are there"
+    command.add_argument("--checkpoint", type=Path, metavar="DIR", help=text)
     command.set_defaults(run=run_tune)
 
     text = "Judge the rules of a problem: saved ones, or with the values that they start from."
@@ -139,19 +176,22 @@ def run_tune(arguments: argparse.Namespace) -> None:
     entry, options = _catalogue().find(arguments.name), _options(arguments.set)
     _prepare(arguments.save, arguments.json, arguments.plot)
     configured = entry.configure(**options)
-    result = entry.tune(
-        seed=arguments.seed or 0,
-        steps=arguments.steps,
-        progress=not arguments.quiet,
-        announce=(lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr)),
-        **options,
-    )
+    quiet, folder = arguments.quiet or not _first(), arguments.checkpoint
+    checkpoints = importlib.import_module("convexlearn.checkpoint").folder(folder) if folder else nullcontext()
+    with checkpoints:
+        result = entry.tune(
+            seed=arguments.seed or 0,
+            steps=arguments.steps,
+            progress=not quiet,
+            announce=(lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr)),
+            **options,
+        )
     _report(result, arguments)
     if arguments.steps is None and configured == entry.setting:
         missed = entry.reference.misses(result)
         print("\n".join(["", "Reference answer missed:", *missed] if missed else ["", "Reference answer met."]))
     print(f"({entry.reference.text})")
-    if arguments.save:
+    if arguments.save and _first():
         content = {"problem": entry.name, "seed": result.seed, "options": options, "rules": result.state()}
         importlib.import_module("torch").save(content, arguments.save)
         print(f"saved: {arguments.save}")
@@ -181,10 +221,10 @@ def _report(result: Any, arguments: argparse.Namespace) -> None:
         print(f"no rule can beat {measure} {bound:.4g} on average")
     for title, text in result.entry.tables(result).items():
         print(f"\n{title}\n{text}")
-    if arguments.json:
+    if arguments.json and _first():
         arguments.json.write_text(json.dumps(result.json(), indent=2) + "\n")
         print(f"wrote: {arguments.json}")
-    if arguments.plot:
+    if arguments.plot and _first():
         for name, axes in result.entry.figures(result).items():
             file = arguments.plot / f"{name}.png"
             report.save(axes, file)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convexlearn import checkpoint as checkpoints
+from convexlearn import distributed
 from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
 from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
@@ -20,7 +21,7 @@ from convexlearn.history import History
 from convexlearn.objectives import Objective, judge, maximizes
 from convexlearn.optimizers import ProximalGradient
 from convexlearn.randomness import isolated, make_generator
-from convexlearn.simulate.base import FiniteSimulator, Trajectory
+from convexlearn.simulate.base import FiniteSimulator, Trajectory, simulate
 
 BATCH_SIZE = 64
 """Number of trajectories per step by default, where the simulator has no length."""
@@ -77,7 +78,8 @@ class Descent:
         fallback = None
         try:
             self.begin()
-            with tqdm(total=steps, initial=self.step, disable=None if progress else True) as bar:
+            quiet = None if progress and distributed.first() else True
+            with tqdm(total=steps, initial=self.step, disable=quiet) as bar:
                 while self.step < steps and not self.history.stopped:
                     record = self.advance()
                     bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
@@ -106,7 +108,8 @@ class Descent:
 
     def begin(self) -> None:
         """Resume from the checkpoint, or judge and save the weights at the start."""
-        content = checkpoints.load(self.path, self.configuration) if self.path else None
+        path = self.path
+        content = distributed.from_first(lambda: checkpoints.load(path, self.configuration)) if path else None
         if content is None:
             if self.validation is not None:
                 self.history.start = self.validate()
@@ -139,7 +142,10 @@ class Descent:
         if self.patience is not None and self.stale >= self.patience:
             self.history.stopped = f"no improvement in {self.stale} validations, after step {self.step}"
         self.settled = True
-        if self.callback is not None and self.callback(record) is True and not self.history.stopped:
+        callback, stop = self.callback, False
+        if callback is not None:  # everywhere: it may call evaluate, in which all processes take part
+            stop = any(distributed.gather(lambda: callback(record) is True))
+        if stop and not self.history.stopped:
             self.history.stopped = f"stopped by the callback after step {self.step}"
         if time.monotonic() >= self.next_save:
             self.save()
@@ -153,23 +159,25 @@ class Descent:
         if self.validation is None and self.sampler.whole and self.history:
             self.rule.train()
             with torch.no_grad(), isolated(self.seed, "step", self.step, devices=devices_of(self.rule)):
-                self.consider(self.loss()[0].item() + self.penalty(), "loss")
+                self.consider(self.total(self.loss()[0]) + self.penalty(), "loss")
 
     def gradient(self, records: list[dict[str, Any]]) -> Tensor:
         """Loss of the present step; leaves its clipped gradient in the parameters and adds to `records`."""
         self.optimizer.zero_grad()
         with torch.enable_grad(), isolated(self.seed, "step", self.step, devices=devices_of(self.rule)):
             loss, failures = self.loss()
-            if not bool(torch.isfinite(loss)):
+            value, differentiable = self.total(loss), any(distributed.gather(lambda: loss.requires_grad))
+            if not math.isfinite(value):
                 self.check_parameters()
-                raise _NotFinite(f"the loss became {loss.item()} while tuning {', '.join(self.names)}")
-            if not loss.requires_grad:
+                raise _NotFinite(f"the loss became {value} while tuning {', '.join(self.names)}")
+            if not differentiable:
                 trained = ", ".join(self.names)
                 raise OptionError(
                     f"tune: the objective does not depend on the trainable parameters ({trained}); "
                     "check that rule and simulator are differentiable and run without no_grad or detach"
                 )
-            loss.backward()
+            distributed.gather(lambda: loss.backward() if loss.requires_grad else None)
+            distributed.sum_gradients(self.names.values())
         gradients = {name: p.grad for name, p in self.names.items() if p.grad is not None}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         if not math.isfinite(norm):
@@ -178,29 +186,43 @@ class Descent:
         if self.clip is not None and norm > self.clip:
             for gradient in gradients.values():
                 gradient.mul_(self.clip / norm)
-        value = loss.item() + self.penalty()
-        record = {"step": self.step, "loss": value, "gradient_norm": norm, "failures": failures}
+        record = {"step": self.step, "loss": value + self.penalty(), "gradient_norm": norm, "failures": failures}
         records.append(record)
         self.settled = False  # the optimizer moves on
-        return loss.detach()
+        return loss.detach() if distributed.size() == 1 else loss.detach().new_tensor(value)
 
     def loss(self) -> tuple[Tensor, int]:
-        """Average objective over the samples of the present step that did not fail; how many did."""
-        with collect_failures() as reported:
-            trajectory, labels = self.sampler(self.rule, self.step)
-        failed = trajectory.failed.cpu()
-        lost = labels[failed].tolist()
+        """This process's share of the average objective over the step's samples that did not fail; how many did."""
+        values: list[Tensor] = []
+
+        def simulate() -> tuple[int, list[int], list[str], bool]:
+            with collect_failures() as reported:
+                trajectory, labels = self.sampler(self.rule, self.step)
+            if trajectory is None:
+                return 0, [], [], False
+            failed = trajectory.failed.cpu()
+            if not bool(failed.all()):
+                sound = trajectory.select(~trajectory.failed) if bool(failed.any()) else trajectory
+                values.append(judge(self.objective, sound))
+            return len(failed), labels[failed].tolist(), explanations(trajectory, labels), bool(reported.masks)
+
+        shares = distributed.gather(simulate)
+        total, lost = sum(s[0] for s in shares), [label for s in shares for label in s[1]]
         if lost:
-            if bool(failed.all()) and not reported.masks:  # no solver is to blame
+            if len(lost) == total and not any(s[3] for s in shares):  # no solver is to blame
                 self.check_parameters()
                 raise _NotFinite(f"all decisions became NaN or infinite while tuning {', '.join(self.names)}")
-            reasons = explanations(trajectory, labels)
-            report_failures(lost, len(failed), f"tune, step {self.step}", reasons, warn=not self.warned)
+            reasons = [reason for s in shares for reason in s[2]]
+            warn = distributed.first() and not self.warned
+            report_failures(lost, total, f"tune, step {self.step}", reasons, warn=warn)
             self.warned = True
-            trajectory = trajectory.select(~trajectory.failed)
-        values = judge(self.objective, trajectory)
-        loss = -values.mean() if maximizes(self.objective) else values.mean()
-        return (loss if self.regularizer is None else loss + self.regularizer(self.rule)), len(lost)
+        sign, parts = -1.0 if maximizes(self.objective) else 1.0, distributed.size()
+        loss = sign * values[0].mean() * (len(values[0]) / (total - len(lost))) if values else torch.zeros(())
+        return (loss if self.regularizer is None else loss + self.regularizer(self.rule) / parts), len(lost)
+
+    def total(self, loss: Tensor) -> float:
+        """The sum of the processes' shares of a loss."""
+        return sum(distributed.gather(loss.item))
 
     def penalty(self) -> float:
         """What a proximal optimizer adds to the loss without its gradient."""
@@ -214,7 +236,7 @@ class Descent:
             try:
                 return evaluate(self.rule, simulator, objective, seed=self.seed).mean
             except SolverError as error:
-                if reported.masks:
+                if any(distributed.gather(lambda: bool(reported.masks))):
                     raise
                 raise _NotFinite("decisions on the validation set became NaN or infinite") from error
 
@@ -242,7 +264,8 @@ class Descent:
         kept = (
             f"the best weights so far, of step {self.history.best['step']}," if self.history.best else "earlier weights"
         )
-        warnings.warn(f"{message} ({kept} are restored)", NonFiniteWarning, stacklevel=4)
+        if distributed.first():
+            warnings.warn(f"{message} ({kept} are restored)", NonFiniteWarning, stacklevel=4)
 
     def snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.rule.state_dict().items()}
@@ -253,7 +276,7 @@ class Descent:
 
     def save(self) -> None:
         """Write the checkpoint, so seldom that it costs little; it holds what the next step depends on."""
-        if self.path is None:
+        if self.path is None or not distributed.first():
             return
         begin = time.monotonic()
         history = self.history.to_dict()
@@ -277,14 +300,15 @@ class Sampler:
         self.size = min(batch_size or self.count, self.count) if self.finite else batch_size or BATCH_SIZE
         self.whole = self.finite and self.size == self.count
 
-    def __call__(self, rule: Any, step: int) -> tuple[Trajectory, Tensor]:
-        """Their trajectory and their numbers."""
+    def __call__(self, rule: Any, step: int) -> tuple[Trajectory | None, Tensor]:
+        """The trajectory of this process's share of them, if it has one, and their numbers."""
         generator = make_generator(self.seed, "tune", step)
-        if not self.finite:
-            return self.simulator(rule, self.size, generator), torch.arange(self.size)
-        if self.whole:
-            return self.simulator(rule, None, generator), torch.arange(self.count)
-        epoch, batch = divmod(step, self.count // self.size)
-        order = torch.randperm(self.count, generator=make_generator(self.seed, "epoch", epoch))
-        labels = order[batch * self.size : (batch + 1) * self.size]
-        return self.simulator.subset(labels)(rule, None, generator), labels
+        rows, simulator, labels = distributed.share(self.size), self.simulator, torch.arange(self.size)
+        if self.finite and not self.whole:
+            epoch, batch = divmod(step, self.count // self.size)
+            order = torch.randperm(self.count, generator=make_generator(self.seed, "epoch", epoch))
+            labels = order[batch * self.size : (batch + 1) * self.size]
+            simulator = simulator.subset(labels)
+        if not len(rows):
+            return None, rows
+        return simulate(simulator, rule, rows, None if self.finite else self.size, generator), labels[rows]

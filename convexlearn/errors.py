@@ -34,8 +34,16 @@ class SolverError(ConvexLearnError, diffcp.SolverError):
     """A solver did not solve some samples; the message lists them with their statuses."""
 
 
+class FileError(ConvexLearnError, ValueError):
+    """A saved file is damaged or foreign, or an object holds what a file without code cannot."""
+
+
 class NonFiniteError(ConvexLearnError, FloatingPointError):
     """A loss or gradient became NaN or inf; the message names the parameter and the step."""
+
+
+class WorkerError(ConvexLearnError, RuntimeError):
+    """Another process of a distributed run failed; the message names it."""
 
 
 class ConvexLearnWarning(UserWarning):

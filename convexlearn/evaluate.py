@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
@@ -11,11 +11,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from convexlearn import distributed
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError
 from convexlearn.objectives import Objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
-from convexlearn.simulate.base import FiniteSimulator, Trajectory
+from convexlearn.simulate.base import FiniteSimulator, Trajectory, simulate
 
 SAMPLES = 256
 """Number of trajectories that `evaluate` simulates by default, where the simulator has no length."""
@@ -127,7 +128,8 @@ def evaluate(
     of Evaluations). `samples`: how many; by default all of a data set, SAMPLES trajectories otherwise;
     fewer than all are drawn by `seed`. `batch_size` bounds how many are simulated at a time. Time is
     spent in the rule only. Failed samples are left out, counted and named in a FailureWarning; when
-    over half of them fail, SolverError is raised. The rule is in eval mode meanwhile.
+    over half of them fail, SolverError is raised. The rule is in eval mode meanwhile. Where torch.distributed is
+    initialised, all processes must call it: each simulates its share of every batch, and all get the same result.
 
     >>> from convexlearn.objectives import squared_error
     >>> from convexlearn.simulate.pairs import Pairs
@@ -141,24 +143,36 @@ def evaluate(
     named: list[int] = []
     reasons: list[str] = []
     with torch.no_grad(), _eval_mode(timed), isolated(seed, "evaluate", devices=devices_of(timed)):
-        for trajectory, labels in _simulations(timed, simulator, samples, batch_size, seed):
-            lost = trajectory.failed.cpu()
-            kept = trajectory.select(~trajectory.failed) if bool(lost.any()) else trajectory
-            for name, function in objectives.items():
-                row = judge(function, kept).cpu()
-                row = row if row.is_floating_point() else row.double()
-                values[name].append(row.new_full((len(lost),), math.nan).masked_scatter(~lost, row))
-            failed.append(lost)
-            named += labels[lost].tolist()
-            reasons += explanations(trajectory, labels)
+        for run in _simulations(timed, simulator, samples, batch_size, seed):
+            for rows, lost, names, causes in distributed.gather(lambda run=run: _judged(*run(), objectives)):
+                for name, row in rows.items():
+                    values[name].append(row)
+                failed.append(lost)
+                named += names
+                reasons += causes
     positions = torch.nonzero(torch.cat(failed)).flatten().tolist() if failed else []
-    report_failures(named, sum(map(len, failed)), "evaluate", reasons)
-    seconds = timed.seconds / timed.decisions if timed.decisions else math.nan
+    report_failures(named, sum(map(len, failed)), "evaluate", reasons, warn=distributed.first())
+    spent = distributed.gather(lambda: (timed.seconds, timed.decisions))
+    decisions = sum(count for _, count in spent)
+    seconds = sum(spell for spell, _ in spent) / decisions if decisions else math.nan
     results = {
         name: Evaluation(torch.cat(rows) if rows else torch.zeros(0), seconds, tuple(positions))
         for name, rows in values.items()
     }
     return results if isinstance(objective, Mapping) else results[""]
+
+
+def _judged(trajectory: Trajectory | None, labels: Tensor, objectives: Mapping[str, Objective]) -> tuple[Any, ...]:
+    """Values by objective, NaN for failed samples; which failed, their numbers, and why."""
+    if trajectory is None:
+        return {}, torch.zeros(0, dtype=torch.bool), [], []
+    lost, rows = trajectory.failed.cpu(), {}
+    kept = trajectory.select(~trajectory.failed) if bool(lost.any()) else trajectory
+    for name, function in objectives.items():
+        row = judge(function, kept).cpu()
+        row = row if row.is_floating_point() else row.double()
+        rows[name] = row.new_full((len(lost),), math.nan).masked_scatter(~lost, row)
+    return rows, lost, labels[lost].tolist(), explanations(trajectory, labels)
 
 
 def explanations(trajectory: Trajectory, labels: Tensor) -> list[str]:
@@ -239,8 +253,8 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 def _simulations(
     rule: Any, simulator: Any, samples: int | None, batch_size: int | None, seed: int
-) -> Iterator[tuple[Trajectory, Tensor]]:
-    """Trajectories, batch by batch, with the numbers of their samples."""
+) -> Iterator[Callable[[], tuple[Trajectory | None, Tensor]]]:
+    """Functions that simulate this process's share of a batch: its trajectory, if any, and the samples' numbers."""
     for option, number in (("samples", samples), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise OptionError(f"evaluate: {option} must be at least 1, got {number}")
@@ -253,10 +267,12 @@ def _simulations(
             shuffled = torch.randperm(len(order), generator=make_generator(seed, "samples"))
             order = shuffled[:samples].sort().values
     for number, labels in enumerate(order.split(batch_size or max(1, len(order)))):
-        generator = make_generator(seed, "evaluate", number)
-        if not finite:
-            yield simulator(rule, len(labels), generator), labels
-        elif len(labels) == len(simulator):
-            yield simulator(rule, None, generator), labels
-        else:
-            yield simulator.subset(labels)(rule, None, generator), labels
+        part = simulator if not finite or len(labels) == len(simulator) else simulator.subset(labels)
+
+        def run(part: Any = part, number: int = number, labels: Tensor = labels) -> tuple[Trajectory | None, Tensor]:
+            rows, generator = distributed.share(len(labels)), make_generator(seed, "evaluate", number)
+            if len(labels) and not len(rows):
+                return None, rows
+            return simulate(part, rule, rows, None if finite else len(labels), generator), labels[rows]
+
+        yield run

@@ -31,9 +31,14 @@ def initialise(network: nn.Module, seed: int | torch.Generator = 0) -> nn.Module
 
 
 def mlp(
-    inputs: int, outputs: int, *, hidden: Sequence[int] = (64, 64), seed: int | torch.Generator = 0
+    inputs: int,
+    outputs: int,
+    *,
+    hidden: Sequence[int] = (64, 64),
+    activation: type[nn.Module] = nn.ReLU,
+    seed: int | torch.Generator = 0,
 ) -> nn.Sequential:
-    """Fully connected network with ReLUs: x `(B, inputs)` -> `(B, outputs)`.
+    """Fully connected network, with ReLUs unless told otherwise: x `(B, inputs)` -> `(B, outputs)`.
 
     >>> mlp(3, 2, hidden=(8,))(torch.ones(5, 3)).shape
     torch.Size([5, 2])
@@ -41,7 +46,7 @@ def mlp(
     sizes = [inputs, *hidden, outputs]
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
-        layers += [nn.utils.skip_init(nn.Linear, before, after), nn.ReLU()]
+        layers += [nn.utils.skip_init(nn.Linear, before, after), activation()]
     network = nn.Sequential(*layers[:-1])
     initialise(network, seed)
     return network

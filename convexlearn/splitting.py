@@ -35,7 +35,8 @@ class Split:
     """A convex problem as 1/2 |A z - y|^2 + q'z + sum of proximable terms over the stacked variables z.
 
     variables: their shapes, stacked in this order, each row by row. terms: those with a proximal map. groups: sets of
-    terms that share entries of z, each with a ConvexProx where it has no closed form. `str(split)` says all of it.
+    terms that share entries of z, each with a ConvexProx where it has no closed form. declaration: a copy of
+    the problem that was split. `str(split)` says all of it.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Split:
     terms: tuple[ProxTerm, ...]
     groups: tuple[tuple[tuple[int, ...], ConvexProx | None], ...]
     programs: Mapping[int, ConvexProx | None]
+    declaration: Declaration
 
     @property
     def size(self) -> int:
@@ -173,18 +175,19 @@ def split(problem: Any, context: Any = None, decision: Any = None) -> Split:
             raise CompileError(f"context parameter '{p.name()}' is not in the problem; it has {sorted(names)}")
     declaration = Declaration.of(problem, problem.parameters(), outputs)
     fed = tuple(p.name() for p in context)
-    return _read(declaration, fed, isinstance(decision, list | tuple), None, {}, None)
+    return read_split(declaration, fed, isinstance(decision, list | tuple), None, {}, None)
 
 
 def _split_rule(rule: Any) -> Split:
     values = {name: rule.value(name).detach() for name in rule._declared}
     features = getattr(rule, "features", None)
-    return _read(rule.layer._declaration, rule.context_names, not rule._single, features, values, rule.learned)
+    return read_split(rule.layer._declaration, rule.context_names, not rule._single, features, values, rule.learned)
 
 
-def _read(
+def read_split(
     declaration: Declaration, context: tuple[str, ...], many: bool, features: Any, values: dict, learned: Any
 ) -> Split:
+    """The split of a declared problem at `values` of its parameters, by name; `learned`: those trained by default."""
     problem = declaration.problem
     _check(problem)
     variables = problem.variables()
@@ -215,6 +218,7 @@ def _read(
         terms=tuple(replace(t, source=(None, ())) for t in terms),
         groups=groups,
         programs=programs,
+        declaration=declaration,
     )
     texts = [pretty_linear(e) for e in linear]
     described = replace(result, text=_describe(result, texts))

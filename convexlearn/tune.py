@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checkpoint import chosen
 from convexlearn.descent import Descent, NonFiniteWarning, Rate, Sampler, Validation
 from convexlearn.errors import OptionError, suggest
 from convexlearn.evaluate import SAMPLES
@@ -68,6 +69,12 @@ def tune(
     run resumes from it, with the same result to the bit as without interruption; more `steps` continue a
     finished one.
 
+    Where torch.distributed is initialised, all processes must call `tune` alike. Each simulates its share of every
+    batch, gradients are averaged over all samples, and all processes end with the same weights: those of a single
+    process but for rounding, unless the rule itself draws random numbers (dropout) or mixes samples (batch norm).
+    Only the first process shows progress and writes files, callbacks are called in each; when a process fails, all
+    end and the checkpoint remains.
+
     >>> from convexlearn.objectives import squared_error
     >>> from convexlearn.rules.affine import AffineRule
     >>> from convexlearn.simulate.pairs import Pairs
@@ -104,7 +111,7 @@ def tune(
         clip=clip,
         seed=seed,
         callback=callback,
-        path=None if checkpoint is None else Path(checkpoint),
+        path=chosen(checkpoint),
     )
     if patience is not None and descent.validation is None and not sampler.whole:
         raise OptionError("tune: patience needs a validation simulator, since the loss of a batch is random")

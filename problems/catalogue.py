@@ -242,7 +242,7 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
-        package = {"skimage": "scikit-image", "pywt": "PyWavelets"}.get(package, package)
+        package = {"skimage": "scikit-image", "pywt": "PyWavelets", "sklearn": "scikit-learn"}.get(package, package)
         raise ModuleNotFoundError(
             f"this problem needs {package}; install it with: pip install 'convexlearn[{extra}]'",
             name=error.name,

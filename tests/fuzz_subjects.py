@@ -74,6 +74,12 @@ def feasible() -> cl.FeasibleRule:
     return cl.FeasibleRule(networks.mlp(4, 4).double(), [cp.abs(s) <= size, cp.sum(s) >= 0], s, [size])
 
 
+def deep_prior() -> cl.DeepPrior:
+    """The latent of a small decoder, from two starts."""
+    decoder = networks.mlp(2, 6, hidden=(5,), activation=nn.SiLU).double()
+    return cl.DeepPrior(decoder, H, 2, restarts=2)
+
+
 def controller() -> cl.ConvexRule:
     """Model predictive control of a double integrator with a limit."""
     return cl.mpc(A, B, I, I[:1, :1], 4, input_limit=0.5)
@@ -122,6 +128,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
             lambda: cl.Converged(cl.FISTA(cl.split(lasso())), tol=1e-8, max_iterations=3000), x, tolerance=1e-6
         ),
         "RobustPCA": rule(lambda: cl.Unfolded(cl.RobustPCA(cl.robust_pca((8, 8), 0.5, 0.1)), 3), images()),
+        "DeepPrior": rule(deep_prior, x),
         "LQR": rule(lambda: cl.LQR(A, B, I, I[:1, :1]), states),
         "LQG": rule(lambda: cl.LQG(A, B, C, I, I[:1, :1], I, I), measured, gaps=True),
         "KalmanFilter": rule(lambda: cl.KalmanFilter(A, B, C, I, I), measured, gaps=True),

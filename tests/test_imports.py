@@ -15,11 +15,12 @@ LONGEST = 400
 
 # A file imports only from files above it in this list; files on one line may import each other, without circles.
 ORDER = """
-errors failures randomness parallel checkpoint history optimizers
-inputs
+errors failures randomness parallel checkpoint history optimizers distributed
+inputs plain_data
 domains
 program.program
 program.declaration
+program.problem_file
 program.compiler
 program.structure
 program.absent_rows program.self_check program.compiled program.elimination
@@ -52,10 +53,11 @@ affine_maps
 terms
 split_instance
 splitting
-riccati block_tridiagonal
+riccati block_tridiagonal newton
 chain_kernels
 chain
 networks stacked_networks gain_networks convolution
+flows
 iterations.base
 iterations.*
 adjoints
@@ -63,6 +65,7 @@ rules.parameters
 rules.base
 rules.state_filter
 rules.*
+saving
 simulate.base simulate.linear_gaussian
 simulate.*
 simulate

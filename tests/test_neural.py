@@ -36,6 +36,12 @@ def test_mlp_equals_the_formula():
     assert not first.bias.any()
 
 
+def test_the_activation_is_a_choice():
+    network, x = mlp(2, 1, hidden=(3,), activation=nn.SiLU, seed=0), torch.tensor([[1.0, -2.0]])
+    hidden = x @ network[0].weight.mT
+    torch.testing.assert_close(network(x), (hidden * hidden.sigmoid()) @ network[2].weight.mT)
+
+
 def test_weights_depend_on_the_seed_only():
     before = torch.get_rng_state()
     a, b, c = (mlp(3, 2, seed=seed)[0].weight for seed in (0, 0, 1))

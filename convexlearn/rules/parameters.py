@@ -78,7 +78,7 @@ class LearnedParameters(nn.Module):
             raise MissingParameterError(f"parameter '{name}' has no value; set one before building the rule")
         tensor = _tensor(value)
         domain = Domain(tuple(tensor.shape)) if domain is None else domain
-        _check_value(name, tensor, domain)
+        check_value(name, tensor, domain)
         self._declared[name] = Declaration(domain, role)
         self.register_buffer(name, tensor, persistent=False)
         if learned:
@@ -101,7 +101,7 @@ class LearnedParameters(nn.Module):
         tensor = _tensor(value).to(old)
         if tensor.shape != old.shape:
             raise ShapeError(f"parameter '{name}' has shape {tuple(old.shape)}, got {tuple(tensor.shape)}")
-        _check_value(name, tensor, domain)
+        check_value(name, tensor, domain)
         with torch.no_grad():
             if name in self.free:
                 self.free[name].copy_(_free(domain, tensor))
@@ -198,7 +198,7 @@ class LearnedParameters(nn.Module):
 
     def __reduce__(self) -> tuple:
         """Rebuild from the constructor's arguments, then restore what has changed since."""
-        return _rebuild, (type(self), *self._arguments, _changes(self))
+        return _rebuild, (type(self), *self._arguments, changes_of(self))
 
 
 def count_parameters(module: nn.Module) -> dict[Role, int]:
@@ -234,7 +234,8 @@ def _tensor(value: Any) -> Tensor:
     return torch.tensor(dense, dtype=torch.float64)
 
 
-def _check_value(name: str, value: Tensor, domain: Domain) -> None:
+def check_value(name: str, value: Tensor, domain: Domain) -> None:
+    """Raise ShapeError or DomainError unless `value` `(*batch, *shape)` is finite and in its domain."""
     if tuple(value.shape[value.ndim - len(domain.shape) :]) != domain.shape or value.ndim < len(domain.shape):
         raise ShapeError(f"parameter '{name}' must have shape {domain.shape}, got {tuple(value.shape)}")
     if not bool(torch.isfinite(value).all()):
@@ -247,7 +248,8 @@ def _free(domain: Domain, value: Tensor) -> Tensor:
     return domain.to_free(value.detach().double()).to(value.dtype).contiguous().clone()
 
 
-def _changes(module: LearnedParameters) -> dict[str, Any]:
+def changes_of(module: LearnedParameters) -> dict[str, Any]:
+    """What may differ from a module just built with the same arguments; `restore` puts it back."""
     parts = {path: m for path, m in module.named_modules() if isinstance(m, LearnedParameters)}
     return {
         "learned": {path: list(part.learned) for path, part in parts.items()},
@@ -261,6 +263,11 @@ def _changes(module: LearnedParameters) -> dict[str, Any]:
 def _rebuild(cls: type, args: tuple, kwargs: dict[str, Any], changes: dict[str, Any]) -> LearnedParameters:
     with torch.random.fork_rng(devices=[]):  # networks built inside draw their first weights
         module = cls(*args, **kwargs)
+    return restore(module, changes)
+
+
+def restore(module: Any, changes: dict[str, Any]) -> Any:
+    """`module`, in place, with what `changes_of` found."""
     for path, learned in changes["learned"].items():
         part = module.get_submodule(path)
         for name in part._declared:

@@ -64,6 +64,22 @@ class Simulator(Protocol):
         ...
 
 
+def simulate(simulator: Any, rule: Any, rows: Tensor, batch_size: int | None, generator: torch.Generator) -> Trajectory:
+    """The trajectories `rows` of those that simulator(rule, batch_size, generator) gives, with the same numbers.
+
+    A simulator may define `part(rule, rows, batch_size, generator)`, which draws for the whole batch and simulates
+    these rows; a data set is asked for a subset, any other simulator for everything.
+    """
+    count = len(simulator) if isinstance(simulator, FiniteSimulator) else batch_size
+    if torch.equal(rows, torch.arange(count or 0)):
+        return simulator(rule, batch_size, generator)
+    if hasattr(simulator, "part"):
+        return simulator.part(rule, rows, batch_size, generator)
+    if isinstance(simulator, FiniteSimulator) and batch_size is None:
+        return simulator.subset(rows)(rule, None, generator)
+    return simulator(rule, batch_size, generator).select(rows)
+
+
 @runtime_checkable
 class FiniteSimulator(Protocol):
     """A simulator over a data set: `tune` shuffles it by epochs, `evaluate` runs through all of it."""
@@ -104,7 +120,8 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, function) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_map(item, function) for item in value)
+        parts = [_map(item, function) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # pyright: ignore[reportArgumentType]
     return value
 
 

@@ -83,6 +83,11 @@ class Channel:
         pairs, taps = self.draw(1 if batch_size is None else batch_size, generator)
         return replace(pairs(rule), state=taps)
 
+    def part(self, rule: Any, rows: Tensor, batch_size: int | None, generator: torch.Generator) -> Trajectory:
+        """The blocks `rows` of the `batch_size` that a call gives."""
+        pairs, taps = self.draw(1 if batch_size is None else batch_size, generator)
+        return replace(pairs.subset(rows)(rule), state=taps[rows])
+
 
 def decaying_taps(memory: int, decays: Sequence[float] | Tensor) -> Tensor:
     """h_l = exp(-gamma l), l = 0, ..., memory - 1, for each gamma of `decays` `(k,)`: taps `(k, memory)`, float64.

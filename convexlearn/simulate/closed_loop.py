@@ -1,5 +1,6 @@
 """Closed loop: a rule acts on a plant that answers, step after step."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -138,6 +139,16 @@ class ClosedLoop:
         replay = torch.Generator(generator.device)
         replay.set_state(before)
         return run.rollout(_Run(self, as_rule(rule), batch, replay, source))
+
+    def part(self, rule: Any, rows: Tensor, batch_size: int | None, generator: torch.Generator) -> Rollout:
+        """The rollouts `rows` of the `batch_size` that a call gives: everybody's noise is drawn, theirs is kept."""
+        batch = BATCH_SIZE if batch_size is None else batch_size
+        twin = copy.copy(self)
+        twin.initial = lambda few, generator: _take(self.start(batch, generator), rows)
+        twin.noise = (
+            None if self.noise is None else lambda few, t, generator: _take(self.draw(batch, t, generator), rows)
+        )
+        return twin(rule, len(rows), generator)
 
     def start(self, batch: int, generator: torch.Generator) -> Any:
         """First states z_0 of `batch` rollouts."""

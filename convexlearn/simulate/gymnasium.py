@@ -60,11 +60,15 @@ class EnvironmentRollouts:
 
     def __call__(self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None) -> Episodes:
         """`batch_size` episodes of the rule (default BATCH_SIZE)."""
+        return self.part(rule, None, batch_size, make_generator(0, "environment") if generator is None else generator)
+
+    def part(self, rule: Any, rows: Tensor | None, batch_size: int | None, generator: torch.Generator) -> Episodes:
+        """The episodes `rows` of the `batch_size` that a call gives; all of them for None."""
         batch = BATCH_SIZE if batch_size is None else batch_size
         if batch < 1:
             raise OptionError(f"EnvironmentRollouts: batch_size must be at least 1, got {batch}")
-        generator = make_generator(0, "environment") if generator is None else generator
-        seeds = torch.randint(2**31 - 1, (batch,), generator=generator, device=generator.device).tolist()
+        drawn = torch.randint(2**31 - 1, (batch,), generator=generator, device=generator.device)
+        seeds = (drawn if rows is None else drawn[rows.to(drawn.device)]).tolist()
         environments = [self.make() for _ in seeds]
         try:
             return self._run(as_rule(rule), environments, seeds)

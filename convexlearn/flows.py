@@ -1,0 +1,169 @@
+"""Normalizing flows: bijections g from a standard normal latent z to signals s, with their densities."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convexlearn.errors import OptionError, ShapeError
+from convexlearn.networks import mlp
+
+
+class Bijection(nn.Module):
+    """An invertible map on vectors `(N, n)`; `push` and `pull` give image and log |det| of their Jacobian `(N,)`."""
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """From the latent's side to the signal's."""
+        raise NotImplementedError
+
+    def pull(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `push`."""
+        raise NotImplementedError
+
+
+class Affine(Bijection):
+    """s = A z + b with an invertible matrix A `(n, n)` and b `(n,)`, both trained.
+
+    >>> layer = Affine(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([0.0, 3.0]))
+    >>> layer.pull(layer.push(torch.tensor([[1.0, 5.0]]))[0])[0].detach()
+    tensor([[1., 5.]])
+    """
+
+    def __init__(self, A: Tensor, b: Tensor) -> None:
+        super().__init__()
+        if A.ndim != 2 or A.shape[0] != A.shape[1] or b.shape != A.shape[:1]:
+            raise ShapeError(f"Affine takes A (n, n) and b (n,), got {tuple(A.shape)} and {tuple(b.shape)}")
+        self.A, self.b = nn.Parameter(A.detach().clone()), nn.Parameter(b.detach().clone())
+
+    @classmethod
+    def fit(cls, s: Tensor, *, floor: float = 1e-3) -> "Affine":
+        """The map whose image of a standard normal z has mean and covariance of the samples s `(N, n)`.
+
+        A is symmetric; standard deviations along the principal directions are at least `floor`, in the unit of s.
+        """
+        mean = s.mean(0)
+        variances, directions = torch.linalg.eigh((s - mean).mT @ (s - mean) / len(s))
+        return cls((directions * variances.clamp(min=floor**2).sqrt()) @ directions.mT, mean)
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A z + b."""
+        return z @ self.A.mT + self.b, self._log_determinant(z)
+
+    def pull(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """A^-1 (s - b)."""
+        return torch.linalg.solve(self.A, (s - self.b).mT).mT, -self._log_determinant(s)
+
+    def _log_determinant(self, like: Tensor) -> Tensor:
+        return torch.linalg.slogdet(self.A).logabsdet.expand(len(like))
+
+
+class AffineCoupling(Bijection):
+    """One layer of RealNVP (Dinh et al. 2017): entries at `moved` are scaled and shifted by functions of the others.
+
+    The network maps the other entries to as many shifts and then log-scales, which lie in (-bound, bound).
+    """
+
+    def __init__(self, size: int, moved: Sequence[int], network: nn.Module, *, bound: float = 2.0) -> None:
+        super().__init__()
+        self.moved = sorted(set(moved))
+        self.kept = [i for i in range(size) if i not in set(moved)]
+        if len(self.moved) != len(moved) or not 0 < len(moved) < size or not set(moved) < set(range(size)):
+            raise OptionError(
+                f"moved must name some, not all, of the entries 0, ..., {size - 1}, each once; got {moved}"
+            )
+        self.bound, self.network = bound, network
+        self._order = torch.tensor([*self.kept, *self.moved]).argsort().tolist()
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(scale) z + shift at the moved entries."""
+        shift, scale = self._maps(z[:, self.kept])
+        return self._join(z[:, self.kept], z[:, self.moved] * scale.exp() + shift), scale.sum(1)
+
+    def pull(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(-scale) (s - shift) at the moved entries."""
+        shift, scale = self._maps(s[:, self.kept])
+        return self._join(s[:, self.kept], (s[:, self.moved] - shift) * (-scale).exp()), -scale.sum(1)
+
+    def _maps(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale = self.network(kept).split(len(self.moved), 1)
+        return shift, self.bound * torch.tanh(scale / self.bound)
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat([kept, moved], 1)[:, self._order]
+
+
+class Flow(nn.Module):
+    """The bijection g of Eq. 27 as a chain of layers, from the latent to the signal: z `(N, n)` -> s `(N, n)`.
+
+    With z standard normal it is a model of signals: `log_density` is what maximum likelihood maximizes.
+
+    >>> flow = Flow([Affine(2 * torch.eye(2), torch.ones(2))])
+    >>> flow(torch.zeros(1, 2)).detach(), flow.inverse(torch.ones(1, 2)).abs().detach()
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+
+    def __init__(self, layers: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """g(z)."""
+        return self.push(z)[0]
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """g(z) and log |det dg/dz| `(N,)`."""
+        total = z.new_zeros(len(z))
+        for layer in self.layers:
+            z, change = layer.push(z)  # pyright: ignore[reportCallIssue]
+            total = total + change
+        return z, total
+
+    def inverse(self, s: Tensor) -> Tensor:
+        """g^-1(s) `(N, n)`."""
+        return self._pull(s)[0]
+
+    def log_density(self, s: Tensor) -> Tensor:
+        """log p(s) `(N,)` in nats: the standard normal density of g^-1(s), times |det dg^-1/ds|."""
+        z, change = self._pull(s)
+        return change - _normal(z)
+
+    def potential(self, z: Tensor) -> Tensor:
+        """phi(g(z)) = -log p(g(z)) `(N,)`: the prior term of Eq. 27, as a function of the latent."""
+        return _normal(z) + self.push(z)[1]
+
+    def _pull(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        total = s.new_zeros(len(s))
+        for layer in reversed(self.layers):
+            s, change = layer.pull(s)  # pyright: ignore[reportCallIssue]
+            total = total + change
+        return s, total
+
+
+def real_nvp(
+    size: int, *, couplings: int = 6, hidden: Sequence[int] = (64,), base: Affine | None = None, seed: int = 0
+) -> Flow:
+    """A RealNVP on vectors of `size` entries: affine couplings that move one random half after the other, then `base`.
+
+    Couplings start as the identity, so that the flow starts as `base` (default: the identity map).
+
+    >>> real_nvp(4, couplings=2)(torch.ones(1, 4)).detach()
+    tensor([[1., 1., 1., 1.]])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[Bijection] = []
+    order = list(range(size))
+    for k in range(couplings):
+        if k % 2 == 0:
+            order = torch.randperm(size, generator=generator).tolist()
+        half = order[: size // 2] if k % 2 == 0 else order[size // 2 :]
+        network = mlp(size - len(half), 2 * len(half), hidden=hidden, activation=nn.SiLU, seed=generator)
+        with torch.no_grad():
+            network[-1].weight.zero_()  # pyright: ignore[reportCallIssue]
+        layers.append(AffineCoupling(size, half, network))
+    return Flow([*layers, base or Affine(torch.eye(size), torch.zeros(size))])
+
+
+def _normal(z: Tensor) -> Tensor:
+    """-log density of the standard normal distribution `(N,)`."""
+    return z.square().sum(1) / 2 + 0.5 * z.shape[1] * math.log(2 * math.pi)
