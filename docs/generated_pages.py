@@ -11,7 +11,7 @@ GROUPS = {
     "layers": ("The layer", "ConvexLayer LayerSolution Status diagnose Diagnosis"),
     "rules": (
         "Decision rules",
-        "DecisionRule as_rule Role Domain ConvexRule FeasibleRule AffineRule TreeRule NeuralRule",
+        "DecisionRule as_rule Role Domain ConvexRule FeasibleRule DeepPrior AffineRule TreeRule NeuralRule",
     ),
     "iterations": (
         "Splitting, iterations, unfolding",
@@ -25,8 +25,8 @@ GROUPS = {
         "ChannelFactor LearnedFactor Trellis",
     ),
     "tuning": (
-        "Tuning and evaluation",
-        "tune History evaluate Evaluation Simulator Trajectory ProximalGradient ProximalTerm",
+        "Tuning, evaluation, files",
+        "tune History evaluate Evaluation Simulator Trajectory ProximalGradient ProximalTerm save load",
     ),
 }
 """Pages of the API: file name, title, names. What is public and in no group stands on the page "further"."""
@@ -36,6 +36,7 @@ MODULES = [
     "convexlearn.simulate.plants",
     "convexlearn.objectives",
     "convexlearn.networks",
+    "convexlearn.flows",
     "convexlearn.errors",
     "convexlearn.prox",
     "convexlearn.report",
