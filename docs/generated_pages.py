@@ -104,6 +104,15 @@ def to_restructured_text(app, what, name, thing, options, lines: list[str]) -> N
         lines[k] = indent + bullet + "".join(f"`{p}`" if p.startswith("`") else _escape(p) for p in pieces)
 
 
+def constructor_signature(app, what, name, thing, options, signature, returns):
+    """The arguments of a rule's constructor, which `__new__` hides behind (*args, **kwargs)."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain)), returns
+
+
 def _escape(text: str) -> str:
     return re.sub(r"([\\|*_])", r"\\\1", text)
 
