@@ -29,5 +29,6 @@ shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=Tru
 
 
 def setup(app):
-    """Docstrings are plain text with code in single backticks."""
+    """Docstrings are plain text with code in single backticks; constructors show their own arguments."""
     app.connect("autodoc-process-docstring", generated_pages.to_restructured_text)
+    app.connect("autodoc-process-signature", generated_pages.constructor_signature)

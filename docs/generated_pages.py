@@ -11,7 +11,7 @@ GROUPS = {
     "layers": ("The layer", "ConvexLayer LayerSolution Status diagnose Diagnosis"),
     "rules": (
         "Decision rules",
-        "DecisionRule as_rule Role Domain ConvexRule FeasibleRule AffineRule TreeRule NeuralRule",
+        "DecisionRule as_rule Role Domain ConvexRule FeasibleRule DeepPrior AffineRule TreeRule NeuralRule",
     ),
     "iterations": (
         "Splitting, iterations, unfolding",
@@ -25,8 +25,8 @@ GROUPS = {
         "ChannelFactor LearnedFactor Trellis",
     ),
     "tuning": (
-        "Tuning and evaluation",
-        "tune History evaluate Evaluation Simulator Trajectory ProximalGradient ProximalTerm",
+        "Tuning, evaluation, files",
+        "tune History evaluate Evaluation Simulator Trajectory ProximalGradient ProximalTerm save load",
     ),
 }
 """Pages of the API: file name, title, names. What is public and in no group stands on the page "further"."""
@@ -36,6 +36,7 @@ MODULES = [
     "convexlearn.simulate.plants",
     "convexlearn.objectives",
     "convexlearn.networks",
+    "convexlearn.flows",
     "convexlearn.errors",
     "convexlearn.prox",
     "convexlearn.report",
@@ -101,6 +102,15 @@ def to_restructured_text(app, what, name, thing, options, lines: list[str]) -> N
         bullet = "- " if line.lstrip().startswith("- ") else ""
         pieces = re.split(r"(`[^`]*`)", line.lstrip()[len(bullet) :])
         lines[k] = indent + bullet + "".join(f"`{p}`" if p.startswith("`") else _escape(p) for p in pieces)
+
+
+def constructor_signature(app, what, name, thing, options, signature, returns):
+    """The arguments of a rule's constructor, which `__new__` hides behind (*args, **kwargs)."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain)), returns
 
 
 def _escape(text: str) -> str:
