@@ -56,17 +56,15 @@ class DnCNN(nn.Module):
     """Convolutional network that predicts the noise (Zhang et al. 2017), told its level by a channel of sigma.
 
     x `(B, h, w)` or `(B, C, h, w)`, intensities around [0, 1]; sigma a number, `()` or `(B,)`, in the same units.
-    Returns x - sigma R(x, sigma), R of `depth` convolutions of 3x3 with `width` channels and no batch normalization; so it
-    keeps x as sigma falls to zero, and its last layer starts at zero: untrained, it is the identity. The level as
-    an input is that of FFDNet (Zhang, Zuo, Zhang 2018). Computed in its own dtype, returned in that of x.
+    Returns x - sigma R(x, sigma), R of `depth` convolutions of 3x3 with `width` channels, without batch normalization;
+    so it keeps x as sigma falls to zero, and its last layer starts at zero: untrained, it is the identity. The level
+    as an input is that of FFDNet (Zhang, Zuo, Zhang 2018). Computed in its own dtype, returned in that of x.
 
     >>> DnCNN(width=8, depth=3)(torch.ones(2, 4, 5), 0.1).shape
     torch.Size([2, 4, 5])
     """
 
-    def __init__(
-        self, *, channels: int = 1, width: int = 32, depth: int = 6, seed: int | torch.Generator = 0
-    ) -> None:
+    def __init__(self, *, channels: int = 1, width: int = 32, depth: int = 6, seed: int | torch.Generator = 0) -> None:
         super().__init__()
         if depth < 2 or min(width, channels) < 1:
             raise OptionError(f"DnCNN needs depth >= 2, width and channels >= 1, got {depth}, {width}, {channels}")

@@ -236,9 +236,8 @@ def _require_definite(instance: Instance, singular: bool) -> None:
 
 def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequence[BoundTerm]) -> Callable:
     K = blocks.dense()
-    system = 2 * penalty.reshape(*penalty.shape, *[1] * (2 - penalty.ndim)) * (K.mH @ K)
-    if penalty.ndim == 2:  # one penalty per sample
-        system = 2 * penalty[:, :, None] * (K.mH @ K)
+    per_sample = penalty.ndim == 2
+    system = 2 * (penalty[:, :, None] if per_sample else penalty.reshape(-1, 1)) * (K.mH @ K)
     if instance.A is not None:
         A = instance.A.dense().to(instance.like)
         system = system + A.mH @ A

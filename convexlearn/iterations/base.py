@@ -179,15 +179,15 @@ class Iteration(ABC):
         return len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1
 
     def apply_prox(self, prox: Any, z: Tensor, t: Any, sigma: Any = None) -> Tensor:
-        """A prox slot at z `(B, n)`: called with the variables in their natural shape, and t or sigma where it takes it.
+        """A prox slot at z `(B, n)`: called with the variables in their natural shape, and t or sigma if it takes one.
 
         A function whose second argument is named sigma is a denoiser: it gets sqrt(t) where the slot sigma is empty,
-        since prox_{t g} is the most probable s given s + noise of variance t under the density exp(-g). Raises ShapeError
-        or NonFiniteError for what it returns, the latter naming the samples.
+        since prox_{t g} is the most probable s given s + noise of variance t under the density exp(-g). Raises
+        ShapeError or NonFiniteError for what it returns, the latter naming the samples.
         """
         second = second_argument(prox)
         if sigma is not None and second is None:
-            raise OptionError("slot 'sigma' has a value, but the module in slot 'prox' takes none; give it forward(v, sigma)")
+            raise OptionError("slot 'sigma' has a value, but the module in slot 'prox' takes none: forward(v, sigma)")
         level = sigma if sigma is not None else noise_level(t) if second == "sigma" else t
         return self._checked(lambda v: prox(v) if second is None else prox(v, level), z)
 
@@ -205,7 +205,7 @@ class Iteration(ABC):
         failures, which = collector(), failed.nonzero().flatten()
         if failures is None:
             shown = ", ".join(map(str, which[:10].tolist())) + (", ..." if len(which) > 10 else "")
-            raise NonFiniteError(f"{text} for samples {shown} of {len(z)}; check its weights and the range of its input")
+            raise NonFiniteError(f"{text} for samples {shown} of {len(z)}; check its weights and its range of inputs")
         failures.add(failed)
         failures.name([text if bad else "" for bad in failed.tolist()])
         kept = (~failed).nonzero().flatten()
@@ -259,7 +259,7 @@ class Iteration(ABC):
         if "sigma" in self.values:
             return self.scheduled(k).get("sigma", self.values["sigma"])
         if "prox" not in self.values:
-            raise OptionError("slot 'sigma' is the noise level of a denoiser in slot 'prox'; give one, as in replace(prox=...)")
+            raise OptionError("slot 'sigma' is the noise level of a denoiser; give one, as in replace(prox=denoiser)")
         weights = [t.weight for t in self.nominal("threshold").terms if t.scaled]
         return noise_level(step * weights[0] if weights else step).reshape(())
 
@@ -294,7 +294,9 @@ class Iteration(ABC):
                 raise OptionError(f"slot '{name}' takes a number, got {type(value).__name__}")
             self.values[name] = value
         if "sigma" in self.values and "prox" not in self.values:
-            raise OptionError("slot 'sigma' is the noise level of a denoiser; give one too, as in replace(prox=..., sigma=...)")
+            raise OptionError(
+                "slot 'sigma' is the noise level of a denoiser; give one too, as in replace(prox=denoiser)"
+            )
 
     def __deepcopy__(self, memo: dict) -> "Iteration":
         return self
@@ -336,10 +338,10 @@ def second_argument(function: Any) -> str | None:
 
 
 def noise_level(t: Any) -> Tensor:
-    """Standard deviation sqrt(t) `()` or `(B,)` of the noise for which prox_{t g} is the denoiser; t `()` or `(B, 1)`."""
+    """Standard deviation sqrt(t) of the noise that prox_{t g} removes: t `()` -> `()`, `(B, 1)` -> `(B,)`."""
     t = torch.as_tensor(t)
     if t.numel() != 1 and (t.ndim != 2 or t.shape[1] != 1):
-        raise OptionError("the terms have a weight for each entry, from which no noise level follows; give slot 'sigma'")
+        raise OptionError("terms with a weight for each entry tell a denoiser no noise level; give slot 'sigma'")
     return t.reshape(-1).sqrt() if t.numel() != 1 else t.reshape(()).sqrt()
 
 

@@ -33,10 +33,10 @@ class Momentum(NamedTuple):
 class ISTA(Iteration):
     """z+ = prox_{step g}(z - step (A'(A z - y) + q)) on a split problem (Example 10).
 
-    Slots: step (1/L), threshold (step times the weights of the terms), prox (that of all terms together), the
-    sigma of a denoiser there, W1 and W2. With W1 and W2 the step is prox(W1 y + step W2 z), Eq. 22, and step starts at 1: `free("W1", "W2")`
-    gives LISTA, equal to ISTA at the start, W1 = step A' and W2 = I - step A'A. With W1 alone it is
-    prox(z + step W1 (y - A z)), the coupled form of LISTA-CP and ALISTA (Chen et al. 2018, Liu et al. 2019).
+    Slots: step (1/L), threshold (step times the weights of the terms), prox (that of all terms together), the sigma
+    of a denoiser there, W1 and W2. With W1 and W2 the step is prox(W1 y + step W2 z), Eq. 22, and step starts at 1:
+    `free("W1", "W2")` gives LISTA, equal to ISTA at the start, W1 = step A' and W2 = I - step A'A. With W1 alone it
+    is prox(z + step W1 (y - A z)), the coupled form of LISTA-CP and ALISTA (Chen et al. 2018, Liu et al. 2019).
     """
 
     slots = (*FORWARD, *MATRICES, SIGMA)

@@ -73,7 +73,7 @@ class IterativeRule(DecisionRule):
         if callable(value):
             raise OptionError(f"slot '{name}' holds a plain function, which cannot be learned; give an nn.Module")
         if not untied and name in self.iteration.scheduled(0):
-            raise OptionError(f"slot '{name}' holds a schedule; untie it to learn a value per layer, or give one number")
+            raise OptionError(f"slot '{name}' holds a schedule; untie it to learn a value per layer, or give a number")
         starts = [self.iteration.initial(name, k) for k in range(self._layers or 1)]
         start = torch.stack(starts) if untied else starts[0]
         role = Role.OBJECTIVE if slot.objective else Role.HYPER
