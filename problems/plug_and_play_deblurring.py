@@ -35,13 +35,13 @@ WIDTH, DEPTH = 24, 5
 EDGE = 0.02
 """Size of an edge, the difference of neighbouring pixels, from which ADMM for total variation takes its penalty."""
 
-RHO_GRID = np.geomspace(1e-5, 3.2e-4, 6)
+RHO_GRID = np.geomspace(2e-4, 6.4e-3, 6)
 """Weights of the total variation that are tried."""
 
-SIGMA_GRID = np.array([2.5, 5.0, 10.0]) / 255
+SIGMA_GRID = np.array([5.0, 10.0, 20.0, 40.0]) / 255
 """Noise levels of the denoiser that are tried; intensities."""
 
-PENALTY_GRID = np.array([0.001, 0.003, 0.01, 0.03])
+PENALTY_GRID = np.array([0.003, 0.01, 0.03, 0.1])
 """Penalties of ADMM that are tried."""
 
 
@@ -220,13 +220,15 @@ def build(seed: int, setting: Setting) -> Study:
         "blurred": Contender(nn.Identity()),
         "isotropic TV": variation(True),
         "anisotropic TV": variation(False),
-        "PnP-ADMM": Contender(plug, denoise(data, search(data, sigma=SIGMA_GRID, penalty=PENALTY_GRID))),
-        "PnP gradient": Contender(proximal, plugged(plug, search(data, sigma=SIGMA_GRID))),
-        f"PnP-ADMM, {K} trained": Contender(
-            further, plugged(plug, descent(300, of("penalty", "sigma", "prox")), "penalty", "sigma")
+        "PnP-ADMM": Contender(
+            plug, denoise(data, search(data, sigma=SIGMA_GRID.tolist(), penalty=PENALTY_GRID.tolist()))
         ),
-        f"learned prox, {K}": Contender(learned, plugged(plug, descent(300, of("step", "sigma", "prox")))),
-        "network": Contender(NeuralRule(ImageNetwork(width=WIDTH, depth=DEPTH, seed=seed)), descent(300 * K, 1e-3)),
+        "PnP gradient": Contender(proximal, plugged(plug, search(data, sigma=(SIGMA_GRID / 4).tolist()))),
+        f"PnP-ADMM, {K} trained": Contender(
+            further, plugged(plug, descent(150, of("penalty", "sigma", "prox")), "penalty", "sigma")
+        ),
+        f"learned prox, {K}": Contender(learned, plugged(plug, descent(150, of("step", "sigma", "prox")))),
+        "network": Contender(NeuralRule(ImageNetwork(width=WIDTH, depth=DEPTH, seed=seed)), descent(150 * K, 1e-3)),
     }
     return Study(declare(*where)[0], contenders, data.test, {"psnr": psnr(1.0), "mse": mean_squared_error})
 
