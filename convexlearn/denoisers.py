@@ -77,8 +77,7 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor, sigma: Any) -> Tensor:
         """Images of the shape of x."""
-        weight = self.layers[0].weight
-        images = as_images(x).to(weight.dtype)
+        images = as_images(x).to(next(self.parameters()).dtype)
         level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
         if level.ndim and level.shape != (len(images),):
             raise ShapeError(f"sigma must be a number or have shape ({len(images)},), got {tuple(level.shape)}")

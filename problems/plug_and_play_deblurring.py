@@ -32,7 +32,7 @@ from convexlearn.splitting import Split, split
 WIDTH, DEPTH = 24, 5
 """Channels and layers of the DnCNN, and of the network without model."""
 
-EDGE = 0.02
+EDGE = 0.08
 """Size of an edge, the difference of neighbouring pixels, from which ADMM for total variation takes its penalty."""
 
 RHO_GRID = np.geomspace(2e-4, 6.4e-3, 6)
@@ -195,8 +195,8 @@ def build(seed: int, setting: Setting) -> Study:
         # the penalty moves no solution, but at rho/(2 penalty) near the size of an edge ADMM is fast
         rule = Converged(
             ADMM(declare(*where, isotropic)[1]),
-            tol=1e-4,
-            max_iterations=1000,
+            tol=3e-4,
+            max_iterations=2000,
             gradient="unroll",
             learn=["rho", "penalty"],
         )

@@ -257,7 +257,7 @@ class Iteration(ABC):
     def initial_sigma(self, step: Tensor, k: int) -> Tensor:
         """The schedule's value at step k, the value given, or the root of the threshold of the first weighted term."""
         if "sigma" in self.values:
-            return self.scheduled(k).get("sigma", self.values["sigma"])
+            return self.scheduled(k)["sigma"] if self.scheduled(k) else self.values["sigma"]
         if "prox" not in self.values:
             raise OptionError("slot 'sigma' is the noise level of a denoiser; give one, as in replace(prox=denoiser)")
         weights = [t.weight for t in self.nominal("threshold").terms if t.scaled]
