@@ -3,6 +3,7 @@
 from convexlearn import errors, flows, networks, objectives, simulate
 from convexlearn.chain import ChainFactors
 from convexlearn.convolution import Convolution
+from convexlearn.denoisers import Denoiser, DnCNN
 from convexlearn.diagnose import Diagnosis, diagnose
 from convexlearn.domains import Domain
 from convexlearn.evaluate import Evaluation, evaluate
@@ -57,7 +58,9 @@ __all__ = [
     "Convolution",
     "DecisionRule",
     "DeepPrior",
+    "Denoiser",
     "Diagnosis",
+    "DnCNN",
     "Domain",
     "Evaluation",
     "ExtendedKalmanFilter",

@@ -58,7 +58,9 @@ chain_kernels
 chain
 networks stacked_networks gain_networks convolution
 flows
+denoisers
 iterations.base
+iterations.circulant iterations.blocks
 iterations.*
 adjoints
 rules.parameters

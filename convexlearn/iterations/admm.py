@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import CompileError, OptionError
-from convexlearn.iterations.base import Iteration, Layer, Slot
+from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
 from convexlearn.iterations.blocks import Blocks
+from convexlearn.iterations.circulant import gram_spectra
 from convexlearn.split_instance import BoundTerm, Instance
 
 GOLDEN = (1 + math.sqrt(5)) / 2
@@ -31,7 +32,8 @@ class ADMM(Iteration):
 
     s+ = argmin of the smooth part + penalty |K s + b - v + u|^2; with r = relaxation (K s+ + b) + (1 - relaxation) v:
     v+ = prox_{g/(2 penalty)}(r + u), u+ = u + step (r - v+). Slots: penalty (the paper's lambda), step (its mu, 1),
-    relaxation (1), threshold (weights/(2 penalty)), prox, and W1, W2: s+ = W1 y + W2 (v - u), Eq. 20;
+    relaxation (1), threshold (weights/(2 penalty)), prox and its sigma (plug-and-play, Example 20 with Eq. 26), and W1,
+    W2: s+ = W1 y + W2 (v - u), Eq. 20;
     `free("W1", "W2")` gives ADMM-Net (Yang et al. 2016), equal to ADMM at the start.
 
     Converges for every penalty, with step below (1 + sqrt 5)/2 at relaxation 1 or relaxation below 2 at step 1
@@ -46,6 +48,7 @@ class ADMM(Iteration):
         Slot("W1", "matrix", objective=True),
         Slot("W2", "matrix", objective=True),
         Slot("prox", "prox", objective=True),
+        SIGMA,
     )
 
     def start(self, instance: Instance) -> State:
@@ -88,7 +91,7 @@ class ADMM(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
-        if name in self.values:
+        if name in self.values and name != "sigma":
             return self.values[name]
         if name in ("step", "relaxation"):
             return torch.tensor(1.0, dtype=torch.float64)
@@ -100,6 +103,8 @@ class ADMM(Iteration):
             return penalty.reshape(())
         if name == "threshold":
             return self.initial_threshold(1 / (2 * penalty.reshape(())))
+        if name == "sigma":
+            return self.initial_sigma(1 / (2 * penalty.reshape(())), k)
         self.check_free(nominal)
         blocks = self.blocks(nominal)
         assert nominal.A is not None
@@ -174,7 +179,7 @@ class ADMM(Iteration):
             thresholds = self.split_threshold(given["threshold"], thresholds)
         if given.get("prox") is not None:
             t = next((t for t, term in zip(thresholds, instance.terms) if term.scaled), 1 / (2 * penalty))
-            return lambda w: self.apply_prox(given["prox"], w, t)
+            return lambda w: self.apply_prox(given["prox"], w, t, given.get("sigma"))
         kept = [t for t, term in zip(thresholds, instance.terms) if term.kind != "zero"]
         return lambda w: blocks.prox(w, kept)
 
@@ -194,6 +199,9 @@ def solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequ
         E = equalities[0]
         size: Any = E.map.tight
         return lambda r: r / c - E.map.adjoint(E.image(r / c)) / size
+    spectra = None if equalities else gram_spectra(instance, blocks)
+    if spectra is not None:
+        return _circular_solver(instance, spectra, penalty)
     if n > LARGEST:
         raise CompileError(
             f"ADMM would factor a dense matrix of {n} unknowns for {instance.split}; use PrimalDual, which needs "
@@ -202,11 +210,34 @@ def solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequ
     return _dense_solver(instance, blocks, penalty, equalities)
 
 
+def _circular_solver(instance: Instance, spectra: tuple[Tensor, Tensor], penalty: Tensor) -> Callable:
+    """Division in the Fourier domain, where A'A and K'K are circular convolutions."""
+    shape = instance.split.variables[0].shape
+    dims = tuple(range(1, len(shape) + 1))
+    fidelity, terms = (spectrum.to(instance.like) for spectrum in spectra)
+    system = fidelity + 2 * penalty.reshape(-1, *[1] * len(shape)) * terms
+    _require_definite(instance, bool(system.min() <= 0))
+    half = system[..., : shape[-1] // 2 + 1]
+
+    def solve(r: Tensor) -> Tensor:
+        image = torch.fft.rfftn(r.reshape(len(r), *shape), dim=dims) / half
+        return torch.fft.irfftn(image, s=shape, dim=dims).reshape(r.shape)
+
+    return solve
+
+
+def _require_definite(instance: Instance, singular: bool) -> None:
+    if singular:
+        raise CompileError(
+            f"ADMM: the terms do not determine all variables of {instance.split}, so that its linear system is "
+            "singular; add a term, such as bounds on all variables"
+        )
+
+
 def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalities: Sequence[BoundTerm]) -> Callable:
     K = blocks.dense()
-    system = 2 * penalty.reshape(*penalty.shape, *[1] * (2 - penalty.ndim)) * (K.mH @ K)
-    if penalty.ndim == 2:  # one penalty per sample
-        system = 2 * penalty[:, :, None] * (K.mH @ K)
+    per_sample = penalty.ndim == 2
+    system = 2 * (penalty[:, :, None] if per_sample else penalty.reshape(-1, 1)) * (K.mH @ K)
     if instance.A is not None:
         A = instance.A.dense().to(instance.like)
         system = system + A.mH @ A
@@ -214,11 +245,7 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     if E is not None:  # adding E'E changes nothing where E s + e = 0, and makes the system definite
         system = system + E.mH @ E * system.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
     factor, failed = torch.linalg.cholesky_ex(system)
-    if bool((failed != 0).any()):
-        raise CompileError(
-            f"ADMM: the terms do not determine all variables of {instance.split}, so that its linear system is "
-            "singular; add a term, such as bounds on all variables"
-        )
+    _require_definite(instance, bool((failed != 0).any()))
 
     def solve(r: Tensor) -> Tensor:
         return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)

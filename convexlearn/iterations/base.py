@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.convolution import Convolution
-from convexlearn.errors import CompileError, OptionError, ShapeError, suggest
+from convexlearn.errors import CompileError, NonFiniteError, OptionError, ShapeError, suggest
+from convexlearn.failures import collector
 from convexlearn.prox import PROXIMABLE
 from convexlearn.shrinkage import SHRINKAGES
 from convexlearn.split_instance import Instance
@@ -24,15 +25,18 @@ class Slot:
     """A named place in an iteration.
 
     kind: "positive" (a number), "number" (of either sign), "threshold" (nonnegative, one per weight of the terms),
-    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s or (v, t) -> s, or a
-    name in PROXIMABLE or SHRINKAGES), or "module" (any other module). objective: True for what belongs to the
-    objective (theta^o), False for hyperparameters (theta^h).
+    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s, (v, t) -> s or, for a
+    denoiser, (v, sigma) -> s, or a name in PROXIMABLE or SHRINKAGES), or "module" (any other module). objective: True
+    for what belongs to the objective (theta^o), False for hyperparameters (theta^h).
     """
 
     name: str
     kind: str
     objective: bool = False
 
+
+SIGMA = Slot("sigma", "positive")
+"""Noise level that a denoiser in the prox slot is told (alpha_k of Eq. 26); a row `(K,)` is a schedule."""
 
 Layer = Callable[[Any], Any]
 """One step with all its numbers in: state -> state."""
@@ -160,13 +164,52 @@ class Iteration(ABC):
 
     def given(self, slots: Mapping[str, Any] | None, instance: Instance) -> dict[str, Any]:
         """Slot values: those in `slots`, else the iteration's own, tensors in the dtype of the instance."""
-        merged = {**self.values, **(slots or {})}
+        merged = {**self.values, **self.scheduled(-1), **(slots or {})}
         return {name: _cast(value, instance.like) for name, value in merged.items()}
 
-    def apply_prox(self, prox: Any, z: Tensor, t: Any) -> Tensor:
-        """A prox slot at z `(B, n)`: called with the variables in their natural shape, and t where it takes it."""
-        natural = self.unstack(z)
-        return self.stack(prox(natural, t) if takes_two(prox) else prox(natural))
+    def scheduled(self, k: int) -> dict[str, Tensor]:
+        """Values at step k of the slots that hold a schedule: its last one from there on, and for k = -1."""
+        held = {n: v for n, v in self.values.items() if n == "sigma" and isinstance(v, Tensor) and v.ndim}
+        return {name: row[min(k, len(row) - 1)] for name, row in held.items()}
+
+    @property
+    def schedule_length(self) -> int:
+        """Number of steps after which no slot changes any more, at least 1."""
+        sigma = self.values.get("sigma")
+        return len(sigma) if isinstance(sigma, Tensor) and sigma.ndim else 1
+
+    def apply_prox(self, prox: Any, z: Tensor, t: Any, sigma: Any = None) -> Tensor:
+        """A prox slot at z `(B, n)`: called with the variables in their natural shape, and t or sigma if it takes one.
+
+        A function whose second argument is named sigma is a denoiser: it gets sqrt(t) where the slot sigma is empty,
+        since prox_{t g} is the most probable s given s + noise of variance t under the density exp(-g). Raises
+        ShapeError or NonFiniteError for what it returns, the latter naming the samples.
+        """
+        second = second_argument(prox)
+        if sigma is not None and second is None:
+            raise OptionError("slot 'sigma' has a value, but the module in slot 'prox' takes none: forward(v, sigma)")
+        level = sigma if sigma is not None else noise_level(t) if second == "sigma" else t
+        return self._checked(lambda v: prox(v) if second is None else prox(v, level), z)
+
+    def _checked(self, call: Callable[[Any], Any], z: Tensor) -> Tensor:
+        """call on the variables of z; a sample for which it returns no numbers fails, and it alone."""
+        s = self.stack(call(self.unstack(z)))
+        if s.shape != z.shape:
+            raise ShapeError(f"slot 'prox' returned {len(s)} samples for {len(z)}")
+        if torch.compiler.is_compiling() or bool(torch.isfinite(s.detach().sum())):
+            return s
+        failed = ~torch.isfinite(s.detach()).all(1) & torch.isfinite(z.detach()).all(1)
+        if not bool(failed.any()):
+            return s
+        text = "the module in slot 'prox' returned NaN or infinite values"
+        failures, which = collector(), failed.nonzero().flatten()
+        if failures is None:
+            shown = ", ".join(map(str, which[:10].tolist())) + (", ..." if len(which) > 10 else "")
+            raise NonFiniteError(f"{text} for samples {shown} of {len(z)}; check its weights and its range of inputs")
+        failures.add(failed)
+        failures.name([text if bad else "" for bad in failed.tolist()])
+        kept = (~failed).nonzero().flatten()
+        return z.detach().index_copy(0, kept, self.stack(call(self.unstack(z[kept])))) if len(kept) else z.detach()
 
     def unstack(self, z: Tensor) -> Any:
         """Variables `(B, *shape)` of z `(B, n)`; a tuple where there are several."""
@@ -211,6 +254,15 @@ class Iteration(ABC):
         row = step * torch.cat(weights)
         return row.reshape(()) if row.numel() == 1 else row
 
+    def initial_sigma(self, step: Tensor, k: int) -> Tensor:
+        """The schedule's value at step k, the value given, or the root of the threshold of the first weighted term."""
+        if "sigma" in self.values:
+            return self.scheduled(k)["sigma"] if self.scheduled(k) else self.values["sigma"]
+        if "prox" not in self.values:
+            raise OptionError("slot 'sigma' is the noise level of a denoiser; give one, as in replace(prox=denoiser)")
+        weights = [t.weight for t in self.nominal("threshold").terms if t.scaled]
+        return noise_level(step * weights[0] if weights else step).reshape(())
+
     def nominal(self, name: str) -> Instance:
         """The instance from which the start value of slot `name` derives."""
         fed = {p for t in self.split.terms if t.weight is not None for p in t.weight.map.parameters}
@@ -241,6 +293,10 @@ class Iteration(ABC):
             elif slot.kind in ("positive", "threshold", "number"):
                 raise OptionError(f"slot '{name}' takes a number, got {type(value).__name__}")
             self.values[name] = value
+        if "sigma" in self.values and "prox" not in self.values:
+            raise OptionError(
+                "slot 'sigma' is the noise level of a denoiser; give one too, as in replace(prox=denoiser)"
+            )
 
     def __deepcopy__(self, memo: dict) -> "Iteration":
         return self
@@ -256,6 +312,8 @@ def _number(slot: Slot, value: Any) -> Tensor:
     tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     tensor = tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
     low = 0.0 if slot.kind == "threshold" else torch.finfo(torch.float64).tiny
+    if slot.name == "sigma" and (tensor.ndim > 1 or not tensor.numel()):
+        raise OptionError(f"slot 'sigma' takes a number or a schedule (K,), got shape {tuple(tensor.shape)}")
     if slot.kind in ("positive", "threshold") and bool((tensor < low).any()):
         raise OptionError(f"slot '{slot.name}' must be positive, got {tensor.min().item():g}")
     return tensor
@@ -267,15 +325,24 @@ def _cast(value: Any, like: Tensor) -> Any:
     return value.to(device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype)
 
 
-def takes_two(function: Any) -> bool:
-    """True where a module or function takes (v, t)."""
+def second_argument(function: Any) -> str | None:
+    """Name of the second argument of a module or function; None where it takes one only."""
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        return False
+        return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds for p in parameters) >= 2
+    names = [p.name for p in parameters if p.kind in kinds]
+    return names[1] if len(names) > 1 else None
+
+
+def noise_level(t: Any) -> Tensor:
+    """Standard deviation sqrt(t) of the noise that prox_{t g} removes: t `()` -> `()`, `(B, 1)` -> `(B,)`."""
+    t = torch.as_tensor(t)
+    if t.numel() != 1 and (t.ndim != 2 or t.shape[1] != 1):
+        raise OptionError("terms with a weight for each entry tell a denoiser no noise level; give slot 'sigma'")
+    return t.reshape(-1).sqrt() if t.numel() != 1 else t.reshape(()).sqrt()
 
 
 def require_smooth(split: Split, name: str) -> None:

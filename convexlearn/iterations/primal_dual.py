@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.iterations.base import Iteration, Layer, Slot
+from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.split_instance import Instance
 
@@ -23,7 +23,8 @@ class PrimalDual(Iteration):
     """Primal-dual steps on min f(z) + g(K z + b), f smooth quadratic; needs products with A and K only.
 
     z+ = z - step (grad f(z) + K'p), p+ = prox_{dual_step g*}(p + dual_step (K (2 z+ - z) + b)), then both relaxed.
-    Slots: step, dual_step, relaxation (1), threshold (weights/dual_step), prox (that of g, without K). Converges for
+    Slots: step, dual_step, relaxation (1), threshold (weights/dual_step), prox (that of g, without K) and
+    its sigma. Converges for
     step <= 1/(L/2 + dual_step |K|^2) at relaxation up to 1.
     """
 
@@ -33,6 +34,7 @@ class PrimalDual(Iteration):
         Slot("relaxation", "positive"),
         Slot("threshold", "threshold"),
         Slot("prox", "prox", objective=True),
+        SIGMA,
     )
 
     def start(self, instance: Instance) -> State:
@@ -57,7 +59,7 @@ class PrimalDual(Iteration):
         t = next((t for t, term in zip(thresholds, instance.terms) if term.scaled), 1 / sigma)
 
         def shrink(v: Tensor) -> Tensor:
-            return blocks.prox(v, thresholds) if prox is None else self.apply_prox(prox, v, t)
+            return blocks.prox(v, thresholds) if prox is None else self.apply_prox(prox, v, t, given.get("sigma"))
 
         def advance(state: State) -> State:
             z = state.z - tau * (instance.gradient(state.z) + blocks.adjoint(state.p))
@@ -83,7 +85,7 @@ class PrimalDual(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
-        if name in self.values:
+        if name in self.values and name != "sigma":
             return self.values[name]
         if name == "relaxation":
             return torch.tensor(1.0, dtype=torch.float64)
@@ -91,6 +93,8 @@ class PrimalDual(Iteration):
         tau, sigma = self._steps(nominal, self.blocks(nominal), self.given(None, nominal))
         if name == "threshold":
             return self.initial_threshold(1 / sigma.reshape(()))
+        if name == "sigma":
+            return self.initial_sigma(1 / sigma.reshape(()), k)
         return (tau if name == "step" else sigma).reshape(())
 
     def limits(self, instance: Instance) -> dict[str, Any]:

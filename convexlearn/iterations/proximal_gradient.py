@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.iterations.base import Iteration, Layer, Slot, require_smooth
+from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot, require_smooth
 from convexlearn.split_instance import Instance
 from convexlearn.splitting import Split
 
@@ -33,13 +33,13 @@ class Momentum(NamedTuple):
 class ISTA(Iteration):
     """z+ = prox_{step g}(z - step (A'(A z - y) + q)) on a split problem (Example 10).
 
-    Slots: step (1/L), threshold (step times the weights of the terms), prox (that of all terms together), W1
-    and W2. With W1 and W2 the step is prox(W1 y + step W2 z), Eq. 22, and step starts at 1: `free("W1", "W2")`
-    gives LISTA, equal to ISTA at the start, W1 = step A' and W2 = I - step A'A. With W1 alone it is
-    prox(z + step W1 (y - A z)), the coupled form of LISTA-CP and ALISTA (Chen et al. 2018, Liu et al. 2019).
+    Slots: step (1/L), threshold (step times the weights of the terms), prox (that of all terms together), the sigma
+    of a denoiser there, W1 and W2. With W1 and W2 the step is prox(W1 y + step W2 z), Eq. 22, and step starts at 1:
+    `free("W1", "W2")` gives LISTA, equal to ISTA at the start, W1 = step A' and W2 = I - step A'A. With W1 alone it
+    is prox(z + step W1 (y - A z)), the coupled form of LISTA-CP and ALISTA (Chen et al. 2018, Liu et al. 2019).
     """
 
-    slots = (*FORWARD, *MATRICES)
+    slots = (*FORWARD, *MATRICES, SIGMA)
 
     def __init__(self, split: Split, **values: Any) -> None:
         self.base: Tensor | None = None
@@ -81,7 +81,7 @@ class ISTA(Iteration):
         if prox is None:
             return forward, lambda v: instance.prox(v, thresholds, base)
         t = next((t for t, term in zip(thresholds, instance.terms) if term.scaled), base)
-        return forward, lambda v: self.apply_prox(prox, v, t)
+        return forward, lambda v: self.apply_prox(prox, v, t, given.get("sigma"))
 
     def freed_forward(self, instance: Instance, W1: Any, W2: Any, gain: Any, base: Any) -> Any:
         """Eq. 22 before its threshold, or the coupled form."""
@@ -108,7 +108,7 @@ class ISTA(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
-        if name in self.values:
+        if name in self.values and name != "sigma":
             return self.values[name]
         if name == "prox":
             raise OptionError("slot 'prox' has no free values; give it a module, as in replace(prox=denoiser)")
@@ -122,6 +122,8 @@ class ISTA(Iteration):
             return base
         if name == "threshold":
             return self.initial_threshold(base)
+        if name == "sigma":
+            return self.initial_sigma(base, k)
         assert nominal.A is not None
         A = nominal.A.dense()
         if name == "W1":
@@ -140,7 +142,7 @@ class FISTA(ISTA):
     fixed momentum below 1 and step <= 1/L, objective + |z - previous|^2/(2 step) falls, so that it converges.
     """
 
-    slots = (*FORWARD, Slot("momentum", "number"), *MATRICES)
+    slots = (*FORWARD, Slot("momentum", "number"), *MATRICES, SIGMA)
 
     def __init__(self, split: Split, *, restart: bool = True, **values: Any) -> None:
         self.restart = restart

@@ -72,6 +72,8 @@ class IterativeRule(DecisionRule):
             return
         if callable(value):
             raise OptionError(f"slot '{name}' holds a plain function, which cannot be learned; give an nn.Module")
+        if not untied and name in self.iteration.scheduled(0):
+            raise OptionError(f"slot '{name}' holds a schedule; untie it to learn a value per layer, or give a number")
         starts = [self.iteration.initial(name, k) for k in range(self._layers or 1)]
         start = torch.stack(starts) if untied else starts[0]
         role = Role.OBJECTIVE if slot.objective else Role.HYPER
@@ -105,6 +107,7 @@ class IterativeRule(DecisionRule):
     def slots(self, k: int, instance: Instance, detach: bool = False) -> dict[str, Any]:
         """Values of the slots at step k."""
         found = self._at(k, self._stacked())
+        found = {n: v.to(instance.like.real) for n, v in self.iteration.scheduled(k).items()} | found
         return {n: v.detach() if detach and isinstance(v, Tensor) else v for n, v in found.items()}
 
     def _stacked(self) -> dict[str, Any]:
@@ -173,10 +176,11 @@ class Unfolded(IterativeRule):
         def states() -> Any:
             state = self.iteration.start(instance)
             yield state
-            stacked, tied = self._stacked(), not any(self._slots.values())
-            layer = self.iteration.layer(instance, stacked) if tied else None
+            stacked, fixed = self._stacked(), self.iteration.scheduled(0).keys() <= self._slots.keys()
+            layer = self.iteration.layer(instance, stacked) if fixed and not any(self._slots.values()) else None
             for k in range(self.layers):
-                step = layer or self.iteration.layer(instance, self._at(k, stacked))
+                own = {**self.iteration.scheduled(k), **self._at(k, stacked)}
+                step = layer or self.iteration.layer(instance, own)
                 state = step(state)
                 yield state
 
@@ -189,7 +193,8 @@ class Converged(IterativeRule):
     gradient: "implicit" (at the fixed point; memory and time do not grow with the steps) or "unroll" (through all
     steps). learn: what is trained, by default every parameter of the problem that is not context. Learned
     slots stay where convergence is guaranteed, such as step < 2/L for ISTA. For a convex problem the solution does not
-    depend on them: their implicit gradient is zero, of which a HyperparameterWarning tells.
+    depend on them: their implicit gradient is zero, of which a HyperparameterWarning tells. A schedule of sigma is run
+    through first, then its last value is kept until convergence.
 
     >>> import cvxpy as cp
     >>> from convexlearn.iterations.proximal_gradient import ISTA
@@ -221,7 +226,7 @@ class Converged(IterativeRule):
     def _add_slot(self, name: str, untied: bool) -> None:
         self.iteration.check_convergent({*self._slots, name})
         slot = self.iteration.slot(name)
-        exact = self.iteration.values.get("prox") is None and self.iteration.split.convex
+        exact = self.iteration.values.get("prox") is None and self.iteration.split.convex and slot.name != "sigma"
         if self.gradient == "implicit" and not slot.objective and exact and slot.name != "threshold":
             warnings.warn(
                 f"the converged solution of a convex problem does not move with the hyperparameter '{name}', so its "
@@ -244,18 +249,20 @@ class Converged(IterativeRule):
         wants = torch.is_grad_enabled() and any(p.requires_grad for p in (*self.parameters(), *x))
         unroll = self.gradient == "unroll" and wants
         instance = live if unroll else self.bind(*(p.detach() for p in x), detach=True)
+        last = iteration.schedule_length - 1
         with torch.set_grad_enabled(unroll):
-            layer = iteration.layer(instance, self.slots(0, instance, detach=not unroll))
-            run = converge(
-                iteration, layer, iteration.start(instance), tol=self.tol, max_iterations=self.max_iterations
-            )
+            state = iteration.start(instance)
+            for k in range(last):
+                state = iteration.layer(instance, self.slots(k, instance, detach=not unroll))(state)
+            layer = iteration.layer(instance, self.slots(last, instance, detach=not unroll))
+            run = converge(iteration, layer, state, tol=self.tol, max_iterations=self.max_iterations)
         state = run.state
         if wants and not unroll:
-            moving = iteration.layer(live, self.slots(0, live))
+            moving = iteration.layer(live, self.slots(last, live))
             core = attach_implicit_gradient(iteration, (live, moving), layer, iteration.core(state), 1e-3 * self.tol)
             state = moving(iteration.resume(core, live))
         decision = iteration.split.decide(iteration.decision(state), live)
-        return Convergence(decision, run.residual <= self.tol, run.iterations, run.residual)
+        return Convergence(decision, run.residual <= self.tol, run.iterations + last, run.residual)
 
     def forward(self, *x: Tensor) -> Any:
         """The converged decision; a LimitWarning names the samples that did not get there."""
