@@ -41,6 +41,9 @@ RHO_GRID = np.geomspace(2e-4, 6.4e-3, 6)
 SIGMA_GRID = np.array([5.0, 10.0, 20.0, 40.0]) / 255
 """Noise levels of the denoiser that are tried; intensities."""
 
+STEPS = 500
+"""Gradient steps of the unfolded networks; the network without model gets one for each of their layers."""
+
 PENALTY_GRID = np.array([0.003, 0.01, 0.03, 0.1])
 """Penalties of ADMM that are tried."""
 
@@ -225,10 +228,10 @@ def build(seed: int, setting: Setting) -> Study:
         ),
         "PnP gradient": Contender(proximal, plugged(plug, search(data, sigma=(SIGMA_GRID / 4).tolist()))),
         f"PnP-ADMM, {K} trained": Contender(
-            further, plugged(plug, descent(150, of("penalty", "sigma", "prox")), "penalty", "sigma")
+            further, plugged(plug, descent(STEPS, of("penalty", "sigma", "prox")), "penalty", "sigma")
         ),
-        f"learned prox, {K}": Contender(learned, plugged(plug, descent(150, of("step", "sigma", "prox")))),
-        "network": Contender(NeuralRule(ImageNetwork(width=WIDTH, depth=DEPTH, seed=seed)), descent(150 * K, 1e-3)),
+        f"learned prox, {K}": Contender(learned, plugged(plug, descent(STEPS, of("step", "sigma", "prox")))),
+        "network": Contender(NeuralRule(ImageNetwork(width=WIDTH, depth=DEPTH, seed=seed)), descent(STEPS * K, 1e-3)),
     }
     return Study(declare(*where)[0], contenders, data.test, {"psnr": psnr(1.0), "mse": mean_squared_error})
 
