@@ -99,7 +99,7 @@ def test_cones_by_ecos(tmp_path):
         cl.export_c(rule, tmp_path)
     comparison = cl.export_c(rule, tmp_path, solver="ecos").compare(contexts(50)[0][:, 0])
     assert comparison.failed == ()
-    assert comparison.error < 1e-5
+    assert comparison.error < 1e-4  # the root of the tolerance on the duality gap, 1e-8
 
 
 def test_what_cannot_be_exported(tmp_path):

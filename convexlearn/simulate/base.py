@@ -73,8 +73,9 @@ def simulate(simulator: Any, rule: Any, rows: Tensor, batch_size: int | None, ge
     count = len(simulator) if isinstance(simulator, FiniteSimulator) else batch_size
     if torch.equal(rows, torch.arange(count or 0)):
         return simulator(rule, batch_size, generator)
-    if hasattr(simulator, "part"):
-        return simulator.part(rule, rows, batch_size, generator)
+    part = getattr(simulator, "part", None)
+    if part is not None:
+        return part(rule, rows, batch_size, generator)
     if isinstance(simulator, FiniteSimulator) and batch_size is None:
         return simulator.subset(rows)(rule, None, generator)
     return simulator(rule, batch_size, generator).select(rows)
