@@ -71,7 +71,8 @@ def best_of(fits: Mapping[str, Callable[[Any, Budget], History]]) -> Callable[[A
         for name, one in fits.items():
             rule.load_state_dict(start)
             history = one(rule, budget)
-            found.append((history.best["value"], copy.deepcopy(rule.state_dict()), Choice(name, history)))
+            error = history.best["value"] if history.best else float("inf")
+            found.append((error, copy.deepcopy(rule.state_dict()), Choice(name, history)))
             if history.stopped.startswith("interrupted"):
                 return found[-1][2]
         _, weights, choice = min(found, key=lambda entry: entry[0])

@@ -87,13 +87,13 @@ class FeaturesFilter(DecisionRule):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Filtered means."""
-        return self.estimator(x, covariance=self.start())
+        return self.estimator(x, covariance=self.first_covariance())
 
     def moments(self, x: Tensor) -> Moments:
         """Filtered means and covariances."""
-        return self.estimator.moments(x, covariance=self.start())
+        return self.estimator.moments(x, covariance=self.first_covariance())
 
-    def start(self) -> Tensor:
+    def first_covariance(self) -> Tensor:
         """Covariance `(2, 2)` before the first picture."""
         return self.scale * torch.diag(torch.tensor(SPREAD, dtype=torch.float64).square())
 

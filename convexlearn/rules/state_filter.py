@@ -290,8 +290,8 @@ class StateFilter(DecisionRule):
             raise ShapeError(f"x must have shape (B, T, {self.p}) with T > 0, got {tuple(x.shape)}")
         batch, steps = x.shape[:2]
         seen = self._features(x.flatten(0, 1))
-        seen = Observations(*(part if part is None else part.unflatten(0, (batch, steps)) for part in seen))
-        y = seen.values
+        y = seen.values.unflatten(0, (batch, steps))
+        seen = Observations(y, None if seen.ratios is None else seen.ratios.unflatten(0, (batch, steps)))
         infinite = torch.isinf(y)
         if bool(infinite.any()):
             i, t, _ = torch.nonzero(infinite)[0].tolist()
