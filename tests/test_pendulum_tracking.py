@@ -8,9 +8,9 @@ import torch
 from convexlearn.errors import OptionError
 from convexlearn.evaluate import evaluate
 from convexlearn.objectives import mean_squared_error
-from convexlearn.problems import find, tracking
+from convexlearn.problems import find, pendulum_tracking, tracking
 from convexlearn.problems import pendulum_pictures as pictures
-from convexlearn.problems.catalogue import Budget
+from convexlearn.problems.catalogue import Budget, Result
 from convexlearn.problems.fitting import best_of, gradient
 from convexlearn.problems.pendulum_rules import (
     AngleNetwork,
@@ -21,6 +21,7 @@ from convexlearn.problems.pendulum_rules import (
     TrueAngles,
 )
 from convexlearn.problems.pendulum_tracking import STEP, Setting, angle_error, state_error
+from convexlearn.report import Estimate, Record
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs
 
@@ -144,3 +145,27 @@ def test_wrong_options_are_refused():
         Setting(noise=0.0)
     with pytest.raises(OptionError, match="hidden and light are shares"):
         find("pendulum-tracking").configure(hidden=2.0)
+
+
+def test_misses_name_what_is_missing(monkeypatch):
+    entry = find("pendulum-tracking")
+    found = {
+        name: Record(name, {"state": Estimate(error, 1e-4)})
+        for name, error in (("features + Kalman", 0.005), ("RNN", 0.006), ("features alone", 0.05))
+    }
+    study = entry.build(0, SMALL)
+
+    def missed(advantage, share, alone):
+        rows = {**found, "features alone": Record("features alone", {"state": Estimate(alone, 1e-4)})}
+        monkeypatch.setattr(pendulum_tracking, "advantage", lambda result: advantage)
+        monkeypatch.setattr(pendulum_tracking, "covers", lambda result: {"features + Kalman": Estimate(share, 0.01)})
+        return entry.reference.misses(Result(entry, study, 0, tuple(rows.values())))
+
+    assert missed(Estimate(-1e-4, 1e-4), 0.95, 0.05) == []
+    for values, text in (
+        ((Estimate(-3e-4, 1e-4), 0.95, 0.05), "recurrent network's error is less by 0.0003"),
+        ((Estimate(1e-3, 1e-4), 0.85, 0.05), "cover 85.0%"),
+        ((Estimate(1e-3, 1e-4), 0.95, 0.004), "features alone are no worse"),
+    ):
+        (sentence,) = missed(*values)
+        assert text in sentence
