@@ -1,4 +1,4 @@
-"""Other ecosystems' contracts: the quadratic solver as a cvxpylayers SolverInterface."""
+"""Other ecosystems' contracts: cvxpylayers' SolverInterface, deepinv's linear operators."""
 
 from typing import Any
 
@@ -143,3 +143,36 @@ def _apply(matrix: sp.csr_array, rows: Tensor) -> Tensor:
 
 def _once(field: Tensor) -> Tensor:
     return field[:1].contiguous() if len(field) > 1 and bool((field == field[:1]).all()) else field.contiguous()
+
+
+def physics_matrix(physics: Any, image: tuple[int, ...], *, like: Tensor | None = None) -> Tensor:
+    """H `(m, n)` of a linear operator by deepinv's contract, as the value of a CVXPY parameter.
+
+    physics.A maps images `(B, *image)`, image = (C, h, w), to measurements `(B, ...)`; n and m count their entries, row
+    by row. like: a tensor whose dtype and device the operator works in, by default float64 on the CPU. All n unit
+    images are mapped at once. OptionError where A is not linear, or A_adjoint, if there is one, is not its adjoint.
+
+    >>> class Halve:
+    ...     def A(self, x, **kwargs):
+    ...         return x[..., ::2] / 2
+    >>> physics_matrix(Halve(), (1, 1, 4))
+    tensor([[0.5000, 0.0000, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.5000, 0.0000]], dtype=torch.float64)
+    """
+    like = torch.empty(0, dtype=torch.float64) if like is None else like
+    n, kind = torch.Size(image).numel(), type(physics).__name__
+    with torch.no_grad():
+        unit = torch.eye(n, dtype=like.dtype, device=like.device)
+        columns = physics.A(unit.reshape(n, *image))
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, n, generator=generator).to(like)
+        measured = physics.A(probe.reshape(2, *image))
+        H = columns.reshape(n, -1).mT
+        tolerance = 1e3 * torch.finfo(like.dtype).eps * (1 + float(H.abs().sum(1).max()))
+        if not torch.allclose(measured.flatten(1), probe @ H.mT, rtol=0, atol=tolerance):
+            raise OptionError(f"physics_matrix: {kind}.A is not linear, or random; it has no matrix")
+        if hasattr(physics, "A_adjoint"):
+            back, tolerance = physics.A_adjoint(measured).flatten(1), tolerance * (1 + float(H.abs().sum(0).max()))
+            if not torch.allclose(back, measured.flatten(1) @ H, rtol=0, atol=tolerance):
+                raise OptionError(f"physics_matrix: {kind}.A_adjoint is not the adjoint of {kind}.A")
+    return H.contiguous()

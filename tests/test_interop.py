@@ -1,4 +1,4 @@
-"""QuadraticInterface inside cvxpylayers: the same values and gradients as our own layer."""
+"""Other ecosystems: cvxpylayers both ways, Lightning, deepinv's operators."""
 
 import cvxpy as cp
 import numpy as np
@@ -9,7 +9,7 @@ from quadratic_cases import FAMILIES
 
 from convexlearn import ConvexLayer, ConvexRule, evaluate, tune
 from convexlearn.errors import CompileError, OptionError, SolverError
-from convexlearn.interop import QuadraticInterface
+from convexlearn.interop import QuadraticInterface, physics_matrix
 from convexlearn.objectives import squared_error
 from convexlearn.simulate.pairs import Pairs
 
@@ -167,3 +167,52 @@ def test_a_rule_trains_unchanged_inside_lightning(tmp_path):
     again = Task()
     again.load_state_dict(torch.load(tmp_path / "task.ckpt", weights_only=True)["state_dict"])
     assert torch.equal(again.rule.rho, task.rule.rho)
+
+
+class Blur:
+    """deepinv's contract of a linear operator: images (B, C, h, w), A and A_adjoint with keyword arguments."""
+
+    kernel = torch.tensor([[0.0, 0.2, 0.1], [0.1, 0.4, 0.0], [0.0, 0.2, 0.0]], dtype=torch.float64)[None, None]
+
+    def A(self, x, **kwargs):
+        return torch.nn.functional.conv2d(x, self.kernel.to(x), padding=1)[..., ::2, :]
+
+    def A_adjoint(self, y, **kwargs):
+        wide = y.new_zeros(len(y), 1, 2 * y.shape[2], y.shape[3])
+        wide[..., ::2, :] = y
+        return torch.nn.functional.conv_transpose2d(wide, self.kernel.to(y), padding=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_matrix_of_an_operator_by_deepinv_s_contract(dtype):
+    like = torch.empty(0, dtype=dtype)
+    H = physics_matrix(Blur(), (1, 4, 5), like=like)
+    x = torch.randn(3, 1, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    torch.testing.assert_close(x.flatten(1) @ H.mT, Blur().A(x).flatten(1))
+    assert H.shape == (10, 20)
+
+
+def test_a_rule_on_an_operator_by_deepinv_s_contract():
+    H = physics_matrix(Blur(), (1, 4, 4))
+    s, y = cp.Variable(16), cp.Parameter(8, name="y")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(y - H.numpy() @ s) + 0.1 * cp.sum_squares(s)))
+    rule = ConvexRule(problem, context=[y], decision=s)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    measured = Blur().A(x).flatten(1)
+    ridge = measured @ H @ torch.linalg.inv(H.mT @ H + 0.1 * torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(rule(measured), ridge)
+
+
+def test_operators_without_a_matrix_are_refused():
+    class Squares(Blur):
+        def A(self, x, **kwargs):
+            return super().A(x) ** 2
+
+    class Wrong(Blur):
+        def A_adjoint(self, y, **kwargs):
+            return 2 * super().A_adjoint(y)
+
+    with pytest.raises(OptionError, match=r"Squares\.A is not linear"):
+        physics_matrix(Squares(), (1, 4, 4))
+    with pytest.raises(OptionError, match=r"Wrong\.A_adjoint is not the adjoint"):
+        physics_matrix(Wrong(), (1, 4, 4))
