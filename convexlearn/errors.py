@@ -1,7 +1,7 @@
 """Exceptions and warnings; each message names the culprit and the remedy."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import diffcp
 
@@ -75,6 +75,15 @@ def suggest(word: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(word, valid, n=1)
     return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid) or '(none)'}"
+
+
+def listed(indices: Sequence[int]) -> str:
+    """The first ten of them, for a message.
+
+    >>> listed([3, 5])
+    '3, 5'
+    """
+    return ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
 
 
 def check_options(given: Iterable[str], valid: Iterable[str], where: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn import distributed
-from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError
+from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError, listed
 from convexlearn.objectives import Objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
@@ -187,7 +187,7 @@ def report_failures(
     """Warn that some of `total` samples failed, naming them; raise SolverError when over half did."""
     if not named:
         return
-    names = ", ".join(map(str, named[:10])) + (", ..." if len(named) > 10 else "")
+    names = listed(named)
     message = f"{where}: {len(named)} of {total} samples failed: {names}"
     details = "".join(f"\n  {reason}" for reason in reasons[:3])
     if 2 * len(named) > total:

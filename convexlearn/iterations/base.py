@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.convolution import Convolution
-from convexlearn.errors import CompileError, NonFiniteError, OptionError, ShapeError, suggest
+from convexlearn.errors import CompileError, NonFiniteError, OptionError, ShapeError, listed, suggest
 from convexlearn.failures import collector
 from convexlearn.prox import PROXIMABLE
 from convexlearn.shrinkage import SHRINKAGES
@@ -204,7 +204,7 @@ class Iteration(ABC):
         text = "the module in slot 'prox' returned NaN or infinite values"
         failures, which = collector(), failed.nonzero().flatten()
         if failures is None:
-            shown = ", ".join(map(str, which[:10].tolist())) + (", ..." if len(which) > 10 else "")
+            shown = listed(which.tolist())
             raise NonFiniteError(f"{text} for samples {shown} of {len(z)}; check its weights and its range of inputs")
         failures.add(failed)
         failures.name([text if bad else "" for bad in failed.tolist()])

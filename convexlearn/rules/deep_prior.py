@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from convexlearn import newton
 from convexlearn.domains import Domain
-from convexlearn.errors import LimitWarning, OptionError, ShapeError, suggest
+from convexlearn.errors import LimitWarning, OptionError, ShapeError, listed, suggest
 from convexlearn.failures import collector
-from convexlearn.inputs import flattened
+from convexlearn.inputs import as_contexts, flattened
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import DecisionRule, Role
 
@@ -131,15 +131,14 @@ class DeepPrior(DecisionRule):
         found = self.solve(*x)
         lost = (~found.converged & torch.isfinite(found.objective)).nonzero().flatten().tolist()
         if lost and self.gradient == "implicit":
-            shown = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
             warnings.warn(
-                f"the latent of {len(lost)} of {len(found.converged)} samples ({shown}) did not converge within "
+                f"the latent of {len(lost)} of {len(found.converged)} samples ({listed(lost)}) did not converge within "
                 f"{self.max_iterations} steps to tol = {self.tol:g}; raise max_iterations or tol, "
                 "compute in float64, or take a smooth generator",
                 LimitWarning,
                 stacklevel=3,
             )
-        return found.decision.to(flattened(type(self).__name__, x).dtype)
+        return found.decision.to(as_contexts(type(self).__name__, x)[0].dtype)
 
     def _search(self, x: Tensor) -> tuple[Tensor, newton.Minimum]:
         """For each sample the start `(B, k)` that led to the least objective, and where it led."""

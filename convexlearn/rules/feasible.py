@@ -90,7 +90,10 @@ class FeasibleRule(DecisionRule):
 
     def network_output(self, *x: Any) -> Tensor:
         """What the network wishes, before it is made feasible, `(B, n)`."""
-        output = run_network(self.network, as_contexts(type(self).__name__, x))
+        return self._output(as_contexts(type(self).__name__, x))
+
+    def _output(self, x: tuple[Tensor, ...]) -> Tensor:
+        output = run_network(self.network, x)
         if output.ndim < 1 or output.shape[:1].numel() * self.width != output.numel():
             raise ShapeError(
                 f"the network gives {tuple(output.shape)}, but what it stands for has {self.width} entries: it must "
@@ -105,7 +108,7 @@ class FeasibleRule(DecisionRule):
     def decide(self, x: Any, memory: Memory | None = None) -> tuple[Any, Memory]:
         """One decision, warm-started by the memory of the last one."""
         parts = as_contexts(type(self).__name__, as_tuple(x))
-        output = self.network_output(*parts)
+        output = self._output(parts)
         values = parts if self.features is None else as_tuple(self.features(*parts))
         if len(values) != len(self.projection.context_names) - 1:
             names = ", ".join(self.projection.context_names[1:]) or "none"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convexlearn.adjoints import attach_implicit_gradient, converge
 from convexlearn.domains import Domain
-from convexlearn.errors import ConvexLearnWarning, LimitWarning, OptionError, ShapeError, suggest
+from convexlearn.errors import ConvexLearnWarning, LimitWarning, OptionError, ShapeError, listed, suggest
 from convexlearn.iterations.base import Iteration, Slot
 from convexlearn.rules.base import DecisionRule, Role
 from convexlearn.split_instance import Instance
@@ -269,10 +269,9 @@ class Converged(IterativeRule):
         result = self.solve(*x)
         if not bool(result.converged.all()):
             lost = (~result.converged).nonzero().flatten().tolist()
-            shown = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
             worst = result.residual[~result.converged].max().item()
             warnings.warn(
-                f"{len(lost)} of {len(result.converged)} samples ({shown}) did not converge within "
+                f"{len(lost)} of {len(result.converged)} samples ({listed(lost)}) did not converge within "
                 f"{self.max_iterations} steps, the last relative change up to {worst:.1e}, above tol = {self.tol:g}; "
                 "raise max_iterations or tol, or take an accelerated iteration (FISTA, ADMM)",
                 LimitWarning,

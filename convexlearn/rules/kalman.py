@@ -10,7 +10,7 @@ from convexlearn.errors import OptionError, ShapeError
 from convexlearn.gain_networks import GainSignals
 from convexlearn.riccati import FilterGains, filter_covariance, filter_gain, kalman_recursion
 from convexlearn.rules.base import DecisionRule
-from convexlearn.rules.state_filter import Belief, Moments, StateFilter
+from convexlearn.rules.state_filter import Belief, Moments, Observations, StateFilter
 
 __all__ = ["Belief", "GainSignals", "KalmanFilter", "Moments", "declare_model"]
 
@@ -66,41 +66,20 @@ class KalmanFilter(StateFilter):
         """Number of observations, after the features."""
         return self.C.shape[0]
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: Tensor,
-        inputs: Tensor | None = None,
-        state: Tensor | None = None,
-        covariance: Tensor | None = None,
-    ) -> Tensor:
-        """As `StateFilter.forward`, at once where all gains are known beforehand.
-
-        The covariance at the first observation is by default the stationary one, whose gain is constant.
-        """
-        if isinstance(self.gain, nn.Module) or self.correction is not None:
-            return super().forward(x, inputs, state, covariance)
-        seen, drive, prior = self._sequence(x, inputs, state)
-        if seen.ratios is not None and self.gain is None:
-            updates, _ = self._updates(seen, drive, self._start(prior, covariance))
-            return torch.stack([update.decision for update in updates], 1)
+    def _filtered(self, seen: Observations, drive: Tensor | None, prior: Tensor, covariance: Tensor | None) -> Tensor:
+        """At once where all gains are known beforehand."""
+        varies = seen.ratios is not None and self.gain is None
+        if varies or isinstance(self.gain, nn.Module) or self.correction is not None:
+            return super()._filtered(seen, drive, prior, covariance)
         y = seen.values
         missing = torch.isnan(y)
         L = self._gains(missing, covariance).to(y.dtype)
         return self._means(L, torch.where(missing, 0.0, y), drive, prior)
 
-    def moments(
-        self,
-        x: Tensor,
-        inputs: Tensor | None = None,
-        state: Tensor | None = None,
-        covariance: Tensor | None = None,
-    ) -> Moments:
-        """As `StateFilter.moments`, at once with the Riccati gain alone."""
-        if self.gain is not None or self.correction is not None:
-            return super().moments(x, inputs, state, covariance)
-        seen, drive, prior = self._sequence(x, inputs, state)
-        if seen.ratios is not None:
-            return self._moments(seen, drive, self._start(prior, covariance))
+    def _moments(self, seen: Observations, drive: Tensor | None, prior: Tensor, covariance: Tensor | None) -> Moments:
+        """At once with the Riccati gain alone."""
+        if seen.ratios is not None or self.gain is not None or self.correction is not None:
+            return super()._moments(seen, drive, prior, covariance)
         y = seen.values
         missing = torch.isnan(y)
         gains = self._recursion(missing, self.start_covariance(covariance, len(y)))

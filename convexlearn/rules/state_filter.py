@@ -147,9 +147,7 @@ class StateFilter(DecisionRule):
         state `(n,)` or `(B, n)` and covariance `(n, n)` or `(B, n, n)`: mean and covariance of the state at
         the first observation, before it; by default zero and `default_covariance()`.
         """
-        y, drive, prior = self._sequence(x, inputs, state)
-        updates, _ = self._updates(y, drive, self._start(prior, covariance))
-        return torch.stack([update.decision for update in updates], 1)
+        return self._filtered(*self._sequence(x, inputs, state), covariance)
 
     def moments(
         self,
@@ -162,8 +160,7 @@ class StateFilter(DecisionRule):
 
         Reading takes W and an observation matrix of full column rank: see `covariances_of_gain`.
         """
-        y, drive, prior = self._sequence(x, inputs, state)
-        return self._moments(y, drive, self._start(prior, covariance))
+        return self._moments(*self._sequence(x, inputs, state), covariance)
 
     def start(self, x: Any, state: Tensor | None = None, covariance: Tensor | None = None) -> Belief:
         """The belief before the first observation; x `(B, ...)` gives the batch; zero state by default."""
@@ -237,12 +234,17 @@ class StateFilter(DecisionRule):
             updates.append(update)
         return updates, beliefs
 
-    def _moments(self, y: Observations, drive: Tensor | None, belief: Belief) -> Moments:
+    def _filtered(self, seen: Observations, drive: Tensor | None, prior: Tensor, covariance: Tensor | None) -> Tensor:
+        """Means `(B, T, n)` step by step."""
+        updates, _ = self._updates(seen, drive, self._start(prior, covariance))
+        return torch.stack([update.decision for update in updates], 1)
+
+    def _moments(self, seen: Observations, drive: Tensor | None, prior: Tensor, covariance: Tensor | None) -> Moments:
         """Means, gains and covariances step by step; those of an own gain are read from it."""
-        updates, beliefs = self._updates(y, drive, belief)
+        updates, beliefs = self._updates(seen, drive, self._start(prior, covariance))
 
         def every(matrices: list[Any]) -> Tensor:
-            return torch.stack([matrix.double().expand(len(y.values), -1, -1) for matrix in matrices], 1)
+            return torch.stack([matrix.double().expand(len(seen.values), -1, -1) for matrix in matrices], 1)
 
         mean = torch.stack([update.decision for update in updates], 1)
         L = every([update.gain for update in updates])
@@ -255,7 +257,7 @@ class StateFilter(DecisionRule):
             priors = torch.cat([belief.prior for belief in beliefs])
             C = self.linear_measure(priors)[1].double()
         C = C.unflatten(0, (len(beliefs), -1)).transpose(0, 1) if C.ndim == 3 else C
-        return Moments(mean, covariances_of_gain(L, C, self._noise(y.ratios)))
+        return Moments(mean, covariances_of_gain(L, C, self._noise(seen.ratios)))
 
     def _start_state(self, state: Tensor | None, y: Tensor) -> Tensor:
         batch = len(y)
