@@ -1,14 +1,17 @@
 """Photographs bundled with scikit-image, split by image, and the camera that makes them low-resolution."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convexlearn.problems.catalogue import require
+from convexlearn.report import new_axes
 
 TRAIN = ("brick", "cell", "clock_motion", "gravel", "motorcycle_left", "page", "retina", "text")
 VALIDATION = ("coffee", "moon")
@@ -112,3 +115,18 @@ class Camera:
             shots.append(self.shoot(photo, corner, side, generator))
         x, s = zip(*shots)
         return torch.stack(x), torch.stack(s)
+
+
+def picture_grid(columns: Mapping[str, Tensor], note: Callable[[str, int], str]) -> Any:
+    """Axes `(rows, columns)` of grey pictures `(rows, h, w)` in [0, 1], the column's name above and a note below."""
+    rows = len(next(iter(columns.values())))
+    grid = new_axes(rows, len(columns), (1.9 * len(columns), 2.1 * rows))
+    for j, (name, pictures) in enumerate(columns.items()):
+        for i, picture in enumerate(pictures):
+            ax = grid[i, j]
+            ax.imshow(picture.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.set_title(name if i == 0 else "", fontsize=10)
+            ax.set_xlabel(note(name, i), fontsize=9)
+    return grid

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexlearn.problems.catalogue import Result
 from convexlearn.problems.fitting import histories
-from convexlearn.problems.images import TEST
+from convexlearn.problems.images import TEST, picture_grid
 from convexlearn.report import Estimate, format_table, new_axes, plot_records
 from convexlearn.rules.iterative import Converged, Unfolded
 
@@ -76,16 +76,9 @@ def plot_reconstructions(result: Result) -> Any:
     columns = {"truth": test.s}
     with torch.no_grad():
         columns.update({name: test(rule).decision for name, rule in result.rules.items()})
-    grid = new_axes(len(SHOWN), len(columns), (1.9 * len(columns), 2.1 * len(SHOWN)))
-    for j, (name, pictures) in enumerate(columns.items()):
-        for i, picture in enumerate(pictures):
-            ax = grid[i, j]
-            ax.imshow(picture.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.set_title(name if i == 0 else "", fontsize=10)
-            if j:
-                ax.set_xlabel(f"{decibels(picture, test.s[i]).item():.1f} dB", fontsize=9)
+    grid = picture_grid(
+        columns, lambda name, i: "" if name == "truth" else f"{decibels(columns[name][i], test.s[i]).item():.1f} dB"
+    )
     for i, k in enumerate(SHOWN):
         grid[i, 0].set_ylabel(TEST[k], fontsize=11)
     grid[0, 0].figure.suptitle("Deblurring of held-out photographs", fontsize=13)

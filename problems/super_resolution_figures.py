@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexlearn.problems import sample_efficiency, spectrum
 from convexlearn.problems.catalogue import Result
-from convexlearn.problems.images import TEST
+from convexlearn.problems.images import TEST, picture_grid
 from convexlearn.report import new_axes, plot_history, plot_records
 from convexlearn.rules.iterative import Unfolded
 
@@ -83,16 +83,13 @@ def plot_reconstructions(result: Result) -> Any:
     columns = {"truth": test.s, "low-resolution": _trimmed(test.x, test.s)}
     with torch.no_grad():
         columns.update({name: test(rule).decision for name, rule in rules.items()})
-    grid = new_axes(len(SHOWN), len(columns), (1.9 * len(columns), 2.1 * len(SHOWN)))
-    for j, (name, pictures) in enumerate(columns.items()):
-        for i, picture in enumerate(pictures):
-            ax = grid[i, j]
-            ax.imshow(picture.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.set_title(name if i == 0 else "", fontsize=11)
-            if picture.shape == test.s[i].shape and j > 0:
-                ax.set_xlabel(f"PSNR {_psnr(picture, test.s[i]):.1f} dB", fontsize=9)
+
+    def note(name: str, i: int) -> str:
+        picture = columns[name][i]
+        is_decision = name != "truth" and picture.shape == test.s[i].shape
+        return f"PSNR {_psnr(picture, test.s[i]):.1f} dB" if is_decision else ""
+
+    grid = picture_grid(columns, note)
     title = "Super-resolution of held-out photographs: twice the resolution from blurred, decimated, noisy pictures"
     grid[0, 0].figure.suptitle(title, fontsize=13)
     for i, name in enumerate(SHOWN):
