@@ -1,4 +1,4 @@
-"""Pictures of a swinging pendulum: noisy, and on demand unevenly lit or now and then hidden behind a square."""
+"""Pictures of a swinging pendulum: noisy, drowned in noise for a while, unevenly lit, or hidden behind a square."""
 
 import math
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ FRICTION = 0.5
 FREQUENCY = math.sqrt(15.0)
 """Of small swings [rad/s]: speeds over it are angles in size."""
 
+CLEAR = 5
+"""So many pictures of a film are seen before the first fades."""
+
 DOUBLE = torch.float64
 
 
@@ -36,12 +39,13 @@ class Recording(NamedTuple):
 class Camera:
     """noise: standard deviation of a pixel, where the bob has a brightness of 1; hidden: share of the pictures with a
     square of half the picture's side in front, somewhere; light: how much brightness and background differ from film
-    to film (0 to 1).
+    to film (0 to 1); fading: how far the share of the scene in a picture may move to the next one, see `visibility`.
     """
 
     noise: float = 0.5
     hidden: float = 0.0
     light: float = 0.0
+    fading: float = 0.0
 
     def shoot(self, angles: Tensor, generator: torch.Generator) -> Tensor:
         """Pictures `(N, T, SIDE, SIDE)` at angles `(N, T)`; light and its gradient differ between the N films."""
@@ -54,7 +58,11 @@ class Camera:
         inside = (x - corner[0]).abs().maximum((y - corner[1]).abs()) < 0.5
         behind = inside & (torch.rand(N, T, 1, 1, generator=generator, dtype=DOUBLE) < self.hidden)
         noise = torch.randn(clean.shape, generator=generator, dtype=DOUBLE)
-        return (torch.where(behind, 0.0, clean) + self.noise * noise).float()
+        seen = torch.where(behind, 0.0, clean)
+        if self.fading > 0:
+            share = visibility(N, T, self.fading, generator)[..., None, None]
+            seen = share * seen + (1 - share) * torch.rand(clean.shape, generator=generator, dtype=DOUBLE)
+        return (seen + self.noise * noise).float()
 
 
 def _grid() -> tuple[Tensor, Tensor]:
@@ -62,6 +70,23 @@ def _grid() -> tuple[Tensor, Tensor]:
     places = (torch.arange(SIDE, dtype=DOUBLE) + 0.5) * 2 / SIDE - 1
     y, x = torch.meshgrid(places, places, indexing="ij")
     return x, y
+
+
+def visibility(count: int, length: int, change: float, generator: torch.Generator) -> Tensor:
+    """Share `(count, length)` of the scene in each picture, the rest being noise: 0 or 1 for several pictures in a row.
+
+    A walk in [0, 1] by U(-change, change) a picture, stretched so that it is 0 below a level from U(0, 0.25) of the
+    film's own and 1 above one from U(0.75, 1); the first CLEAR pictures have 1 (Becker and others, Recurrent Kalman
+    Networks, 2019, whose change is 0.2).
+    """
+    uniform = torch.rand(count, length + 2, generator=generator, dtype=DOUBLE)
+    walk = [uniform[:, 2]]
+    for draw in uniform[:, 3:].unbind(1):
+        walk.append((walk[-1] + change * (2 * draw - 1)).clamp(0, 1))
+    low, high = uniform[:, :1] / 4, 0.75 + uniform[:, 1:2] / 4
+    share = ((torch.stack(walk, 1) - low) / (high - low)).clamp(0, 1)
+    share[:, :CLEAR] = 1
+    return share
 
 
 def render(angles: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class StateFilter(DecisionRule):
         y = self._features(parts[0])
         s = parts[1] if len(parts) > 1 else None
         self._accept(s)
-        update, belief = self._step(belief, y, s)
+        update, belief = self._step(belief, y, s, self._covariances(y.ratios))
         return update.decision, belief
 
     def _accept(self, inputs: Tensor | None) -> None:
@@ -190,11 +190,25 @@ class StateFilter(DecisionRule):
         root = ratios.double().sqrt()
         return root[..., None] * self.W.double() * root[..., None, :]
 
-    def _step(self, belief: Belief, seen: Observations, s: Tensor | None, last: bool = False) -> tuple[Update, Belief]:
-        """The update by the observation of one time, and the belief after input s; no prediction after the last."""
+    def _covariances(self, ratios: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """V, and W or one `(..., p, p)` per relative variances, float64; None with an own gain, which needs neither."""
+        return None if self.gain is not None else (self.V.double(), self._noise(ratios))
+
+    def _step(
+        self,
+        belief: Belief,
+        seen: Observations,
+        s: Tensor | None,
+        noise: tuple[Tensor, Tensor] | None,
+        last: bool = False,
+    ) -> tuple[Update, Belief]:
+        """The update by the observation of one time, and the belief after input s; no prediction after the last.
+
+        noise: `_covariances` at this time.
+        """
         y = seen.values
         posterior = covariance = signals = kept = corrected = None
-        riccati = self.gain is None
+        riccati = noise is not None
         predicted, C = self.linear_measure(belief.prior) if riccati else (self.measure(belief.prior), None)
         observed = ~torch.isnan(y)
         innovation = torch.where(observed, y - predicted, 0.0)
@@ -202,24 +216,24 @@ class StateFilter(DecisionRule):
             signals = _signals(belief, predicted + innovation, predicted)
         if isinstance(self.gain, nn.Module):
             L, kept = self.gain(signals, belief.gain)
-        elif not riccati:
+        elif noise is None:
             L = self.gain
         else:
             P = self.start_covariance(None, len(y)) if belief.covariance is None else belief.covariance
             mask = None if bool(observed.all()) else observed
-            L, posterior = kalman_update(P, C.double(), self._noise(seen.ratios), mask)  # pyright: ignore[reportOptionalMemberAccess]
+            L, posterior = kalman_update(P, C.double(), noise[1], mask)  # pyright: ignore[reportOptionalMemberAccess]
         mean = decision = belief.prior + torch.einsum("...np,...p->...n", L.to(y.dtype), innovation)
         if self.correction is not None:
             change, corrected = self.correction(signals, mean, belief.correction)
             decision = mean + change.to(mean.dtype)
         if last:
             prior = mean
-        elif posterior is None:
+        elif posterior is None or noise is None:
             prior = self.transition(mean, s)
         else:
             prior, A = self.linear_transition(mean, s)
             A = A.double()
-            covariance = A @ posterior @ A.mT + self.V.double()
+            covariance = A @ posterior @ A.mT + noise[0]
         if signals is not None:
             signals = signals._replace(mean=mean, mean_before=signals.mean)
         return Update(decision, L, posterior), Belief(prior, covariance, signals, kept, corrected)
@@ -227,10 +241,12 @@ class StateFilter(DecisionRule):
     def _updates(self, y: Observations, drive: Tensor | None, belief: Belief) -> tuple[list[Update], list[Belief]]:
         """All updates of a sequence, and the belief before each."""
         updates, beliefs, steps = [], [], y.values.shape[1]
+        noise = self._covariances(y.ratios)
         for t in range(steps):
             s = None if drive is None or t >= drive.shape[1] else drive[:, t]
+            now = noise if noise is None or y.ratios is None else (noise[0], noise[1][:, t])
             beliefs.append(belief)
-            update, belief = self._step(belief, y.at(t), s, last=t == steps - 1)
+            update, belief = self._step(belief, y.at(t), s, now, last=t == steps - 1)
             updates.append(update)
         return updates, beliefs
 
