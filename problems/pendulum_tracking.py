@@ -227,8 +227,8 @@ def _plot_film(result: Result) -> Any:
 
     figure = Figure(figsize=(9.0, 1.8), layout="constrained")
     film, states = result.study.test.x[0][0], result.study.test.s[0]
-    for k in range(min(8, len(film))):
-        ax = figure.add_subplot(1, 8, k + 1)
+    for i, k in enumerate(torch.linspace(0, len(film) - 1, min(8, len(film))).long().tolist()):
+        ax = figure.add_subplot(1, 8, i + 1)
         ax.imshow(film[k].numpy(), cmap="gray", vmin=-0.5, vmax=1.5)
         ax.set_title(f"{float(states[k, 0]):.2f} rad", fontsize=8)
         ax.axis("off")
@@ -255,16 +255,17 @@ def _plot_angles(result: Result) -> Any:
 ENTRY = ProblemEntry(
     name="pendulum-tracking",
     summary="a pendulum followed in noisy pictures: learned features before a Kalman filter, a recurrent network",
-    source="Example 19; variances from the network as in Haarnoja and others, Backprop KF (2016)",
+    source="Example 19; fading pictures: Becker and others (2019); variances: Haarnoja and others, Backprop KF (2016)",
     shapes="""\
-x: context, pictures (B, T, 16, 16), one every 0.1 s, of brightness 0 to 1 and noise N(0, 0.25) in each pixel
+x: context, pictures (B, T, 16, 16), one every 0.1 s, in shares of brightness 0 to 1 and noise
 s: decision, states (B, T, 2): angle [rad], 0 hanging, and speed [rad/s]
 seen, doubt: the network's angle [rad] and its precision [1/rad^2]; V (2, 2), W (1, 1): tuned covariances of the filter
 state: mean over time of (angle error^2 + (speed error / frequency)^2) / 2 [rad^2]; angle: of angle error^2 [rad^2]""",
     reference=Reference(
-        "with 200 films the features before a Kalman filter are no worse than a recurrent network of the same size and "
-        "encoder (level: 0.0056 ± 0.0003 rad^2 both; with 50 films the network is better, 0.0092 ± 0.0009 against "
-        "0.0118 ± 0.0012), far better than without a filter, and have 95 % regions that cover 90 to 98 % of the states",
+        "with 200 films, whose pictures are noise for several steps now and then, the features before a Kalman filter "
+        "beat a recurrent network of the same size and encoder by over two standard errors (0.0029 ± 0.0002 against "
+        "0.0037 ± 0.0003 rad^2), are far better than without a filter, and have 95 % regions that cover 90 to 98 % of "
+        "the states; with independent noise (fading=0, noise=0.5, length=30) they are level (0.0055 ± 0.0003, 0.0058 ± 0.0004)",
         misses,
     ),
     setting=Setting(),
