@@ -265,7 +265,8 @@ state: mean over time of (angle error^2 + (speed error / frequency)^2) / 2 [rad^
         "with 200 films, whose pictures are noise for several steps now and then, the features before a Kalman filter "
         "beat a recurrent network of the same size and encoder by over two standard errors (0.0029 ± 0.0002 against "
         "0.0037 ± 0.0003 rad^2), are far better than without a filter, and have 95 % regions that cover 90 to 98 % of "
-        "the states; with independent noise (fading=0, noise=0.5, length=30) they are level (0.0055 ± 0.0003, 0.0058 ± 0.0004)",
+        "the states; with independent noise (fading=0, noise=0.5, length=30) they are level (0.0055 ± 0.0003, "
+        "0.0058 ± 0.0004)",
         misses,
     ),
     setting=Setting(),
