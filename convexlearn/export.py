@@ -6,6 +6,7 @@ import importlib
 import io
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,16 @@ SOLVERS: dict[str, tuple[str, str]] = {
         "cpg_set_solver_eps_abs({tolerance}); cpg_set_solver_eps_rel({tolerance}); "
         "cpg_set_solver_max_iter({iterations});",
     ),
-    "ECOS": (
-        "CPG_Info.status == 0",
-        "cpg_set_solver_abstol({tolerance}); cpg_set_solver_feastol({tolerance}); cpg_set_solver_reltol({tolerance});",
+    "ECOS": (  # aims further; where rounding stops it, 10 says that the best iterate is within the tolerance
+        "CPG_Info.status == 0 || CPG_Info.status == 10",
+        "cpg_set_solver_abstol({aim}); cpg_set_solver_feastol({aim}); cpg_set_solver_reltol({aim}); "
+        "cpg_set_solver_abstol_inacc({tolerance}); cpg_set_solver_feastol_inacc({tolerance}); "
+        "cpg_set_solver_reltol_inacc({tolerance}); cpg_set_solver_maxit({iterations});",
     ),
 }
 """By cvxpygen's name: when a solve has succeeded, and the settings. Only what was seen to work stands here."""
+
+MAX_ITERATIONS = {"OSQP": 100_000, "ECOS": 100}
 
 HEADER = """/* {rule}: {text}. Made by convexlearn and cvxpygen. */
 #ifndef CONTROLLER_H
@@ -115,7 +120,9 @@ class Controller:
     def __init__(self, library: Path, rule: ConvexRule, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]):
         self.library, self.inputs, self.outputs = library, inputs, outputs
         self._rule = rule
-        self._decide = ctypes.CDLL(str(library)).controller_decide_all
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            copy = shutil.copy(library, folder)  # of a path that it knows, the loader gives the library it has loaded
+            self._decide = ctypes.CDLL(copy).controller_decide_all
 
     def solve(self, *x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Decisions, and the status of each sample `(B,)`: 0 solved, 1 not solved, 2 not finite."""
@@ -172,15 +179,17 @@ def export_c(
     *,
     solver: str | None = None,
     tolerance: float = 1e-8,
-    max_iterations: int = 100_000,
+    max_iterations: int | None = None,
 ) -> Controller:
     """Write C code that decides like a tuned rule, with `controller.h`, compile it, and return the compiled controller.
 
     Tuned values become constants; the context is the input, after `features`, which stay outside. solver: OSQP, the
-    default for QPs, or ECOS for second-order cones too, whose code is under the GPL. The C function
-    `controller_decide` checks the solver's status and the solution of every call, which cvxpygen's own `cpg_solve`
-    leaves to the caller. Use `compare` on contexts as they will occur before you trust it. Needs `convexlearn[deploy]`,
-    a C compiler and cmake. Source: Schaller and others, Embedded code generation with CVXPY (2022).
+    default for QPs, or ECOS for second-order cones too, whose code is under the GPL. tolerance: on residuals (OSQP), on
+    residuals and duality gap (ECOS, which goes on to 1e-4 of it where rounding allows); a solve that misses it has
+    failed. max_iterations: 100,000 of OSQP, 100 of ECOS by default. The C function `controller_decide` checks the
+    solver's status and the solution of every call, which cvxpygen's own `cpg_solve` leaves to the caller. Use `compare`
+    on contexts as they will occur before you trust it. Needs `convexlearn[deploy]`, a C compiler and cmake. Source:
+    Schaller and others, Embedded code generation with CVXPY (2022).
     """
     cpg = _generator()
     if not isinstance(rule, ConvexRule):
@@ -193,6 +202,12 @@ def export_c(
     solver = "OSQP" if solver is None else solver.upper()
     if solver not in SOLVERS:
         raise OptionError(f"export_c: solver '{solver}'; {suggest(solver, SOLVERS)}")
+    iterations = MAX_ITERATIONS[solver] if max_iterations is None else max_iterations
+    if not 0 < tolerance < 1 or not isinstance(iterations, int) or iterations < 1:
+        raise OptionError(
+            "export_c: tolerance must lie between 0 and 1, max_iterations be an integer of at least 1; "
+            f"got {tolerance} and {iterations}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "c", ignore_errors=True)
@@ -202,7 +217,8 @@ def export_c(
     except Exception as error:  # whatever cvxpygen cannot canonicalize
         raise CompileError(f"cvxpygen cannot generate {solver} code for this problem: {error}") from error
     inputs = [p.shape for p in _inputs(problem, rule)]
-    _write(folder, rule, SOLVERS[solver], inputs, outputs, {"tolerance": tolerance, "iterations": max_iterations})
+    options = {"tolerance": tolerance, "aim": 1e-4 * tolerance, "iterations": iterations}
+    _write(folder, rule, SOLVERS[solver], inputs, outputs, options)
     return Controller(_compile(folder), rule, inputs, outputs)
 
 
