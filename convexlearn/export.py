@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib
 import io
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import CompileError, OptionError, ShapeError, SolverError, suggest
+from convexlearn.extras import require
 from convexlearn.rules.base import as_tuple
 from convexlearn.rules.convex import ConvexRule
 
@@ -306,7 +306,4 @@ def _compile(folder: Path) -> Path:
 
 
 def _generator() -> Any:
-    try:
-        return importlib.import_module("cvxpygen.cpg")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("C code needs cvxpygen: pip install 'convexlearn[deploy]'") from error
+    return require("cvxpygen.cpg", "deploy", "export_c")

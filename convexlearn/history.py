@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from convexlearn.extras import require
+
 
 class History(list[dict[str, Any]]):
     """One dict per step: "step", "loss", "gradient_norm", "failures", and "validation" where it was computed.
@@ -43,9 +45,7 @@ class History(list[dict[str, Any]]):
     def plot(self, ax: Any = None) -> Any:
         """Draw loss and validation value over the steps into `ax`, or a new figure's; returns the Axes."""
         if ax is None:
-            from matplotlib.figure import Figure
-
-            ax = Figure(layout="constrained").subplots()
+            ax = require("matplotlib.figure", "plot", "a plot").Figure(layout="constrained").subplots()
         ax.plot(self.column("step"), self.column("loss"), label="loss")
         validated = [record for record in self if "validation" in record]
         if validated:

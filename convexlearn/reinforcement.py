@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError, suggest
+from convexlearn.extras import require
 from convexlearn.rules.base import DecisionRule
 
 ALGORITHMS = ("A2C", "DDPG", "PPO", "SAC", "TD3")
@@ -71,11 +72,4 @@ class _unchanged_generators:
 
 
 def _library() -> ModuleType:
-    try:
-        import stable_baselines3
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reinforcement learning needs stable-baselines3; install it with: pip install 'convexlearn[control]'",
-            name="stable_baselines3",
-        ) from error
-    return stable_baselines3
+    return require("stable_baselines3", "control", "reinforcement learning")

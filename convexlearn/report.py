@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convexlearn.errors import OptionError, suggest
+from convexlearn.extras import require
 
 STYLES = ("plain", "markdown")
 
@@ -153,13 +154,7 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 
 
     The figure belongs to no window and to no global list, so that nothing has to be closed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib; install it with: pip install 'convexlearn[plot]'", name="matplotlib"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
+    figure = require("matplotlib.figure", "plot", "a plot").Figure(figsize=size, layout="constrained")
     return figure.subplots(rows, columns, squeeze=rows == columns == 1)
 
 

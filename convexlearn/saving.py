@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import inspect
 import json
 import os
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from convexlearn.convolution import Convolution
 from convexlearn.errors import FileError, OptionError, suggest
+from convexlearn.extras import require
 from convexlearn.iterations.admm import ADMM
 from convexlearn.iterations.amp import AMP
 from convexlearn.iterations.base import Iteration
@@ -305,10 +305,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors"), importlib.import_module("safetensors.torch")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("files of rules need safetensors: pip install 'convexlearn[files]'") from error
+    return tuple(require(module, "files", "a file of a rule") for module in ("safetensors", "safetensors.torch"))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

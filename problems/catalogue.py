@@ -6,7 +6,6 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import cvxpy as cp
@@ -234,19 +233,6 @@ def find(name: str) -> ProblemEntry:
         listed = "" if near.startswith("valid") else f" (valid: {', '.join(known)})"
         raise OptionError(f"no problem '{name}' in the catalogue; {near}{listed}")
     return known[key]
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package; where it is missing, say which extra of convexlearn brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        package = {"skimage": "scikit-image", "pywt": "PyWavelets", "sklearn": "scikit-learn"}.get(package, package)
-        raise ModuleNotFoundError(
-            f"this problem needs {package}; install it with: pip install 'convexlearn[{extra}]'",
-            name=error.name,
-        ) from error
 
 
 def _check_steps(steps: int | None) -> int | None:

@@ -9,8 +9,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from convexlearn.extras import require
 from convexlearn.problems import images
-from convexlearn.problems.catalogue import require
 from convexlearn.rules.base import as_rule
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexlearn.extras import require
 from convexlearn.flows import Affine, Flow, real_nvp
 from convexlearn.networks import mlp
-from convexlearn.problems.catalogue import Budget, require
+from convexlearn.problems.catalogue import Budget
 from convexlearn.problems.fitting import gradient
 from convexlearn.randomness import make_generator
 from convexlearn.simulate.base import Trajectory

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from convexlearn.errors import OptionError
 from convexlearn.evaluate import evaluate
+from convexlearn.extras import require
 from convexlearn.networks import mlp
 from convexlearn.objectives import mean_squared_error, psnr
 from convexlearn.problems import digits
 from convexlearn.problems import generative_prior_figures as drawing
-from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study, require
-from convexlearn.problems.digits import SIDE, Models, pictures
+from convexlearn.problems.catalogue import Budget, Contender, ProblemEntry, Reference, Result, Study
+from convexlearn.problems.digits import PARTS, SIDE, Models, pictures
 from convexlearn.problems.fitting import gradient, grid
 from convexlearn.problems.generative_prior_figures import Sweep
 from convexlearn.randomness import make_generator
@@ -43,6 +44,9 @@ RIDGE_GRID = np.geomspace(1e-5, 1e-1, 9)
 JUDGES = 64
 """How many validation pictures judge a rule with a deep prior while it is fitted."""
 
+COUNT = PARTS["test"].stop - PARTS["test"].start
+"""Pictures to judge on."""
+
 COPIES = 4
 """How often each training picture is measured, with fresh noise."""
 
@@ -64,8 +68,8 @@ class Setting:
     def __post_init__(self) -> None:
         if not 1 <= measurements(self.ratio) <= SIDE**2:
             raise OptionError(f"ratio must lie between {1 / SIDE**2:.3f} and 1, got {self.ratio}")
-        if not 2 <= self.pictures <= len(pictures("test")):
-            raise OptionError(f"pictures must lie between 2 and {len(pictures('test'))}, got {self.pictures}")
+        if not 2 <= self.pictures <= COUNT:
+            raise OptionError(f"pictures must lie between 2 and {COUNT}, got {self.pictures}")
 
 
 class Data(NamedTuple):

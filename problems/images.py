@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.problems.catalogue import require
+from convexlearn.extras import require
 from convexlearn.report import new_axes
 
 TRAIN = ("brick", "cell", "clock_motion", "gravel", "motorcycle_left", "page", "retina", "text")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.errors import OptionError
+from convexlearn.extras import require
 from convexlearn.gain_networks import RecurrentGain
 from convexlearn.objectives import mean_squared_error
 from convexlearn.problems import tracking
@@ -138,11 +139,9 @@ def tables(result: Result) -> dict[str, str]:
 
 def figures(result: Result) -> dict[str, Any]:
     """One trajectory and its estimates, as in Fig. 10, and the losses of the fits."""
-    from matplotlib.figure import Figure
-
     test, rules = result.study.test, result.rules
     panels = ["truth", "observations", *(n for n in ("EKF", "KalmanNet", "EKF, RK4, tuned", "RNN") if n in rules)]
-    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    figure = require("matplotlib.figure", "plot", "a plot").Figure(figsize=(9.0, 6.0), layout="constrained")
     one = test.subset(torch.tensor([0]))
     with torch.no_grad():
         paths = {"truth": one.s, "observations": one.x[0]} | {n: rules[n](*one.x) for n in panels[2:]}

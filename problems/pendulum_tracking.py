@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convexlearn.errors import OptionError
 from convexlearn.evaluate import evaluate
+from convexlearn.extras import require
 from convexlearn.objectives import Objective
 from convexlearn.problems import pendulum_pictures as pictures
 from convexlearn.problems import sample_efficiency, tracking
@@ -223,9 +224,7 @@ def figures(result: Result) -> dict[str, Any]:
 
 
 def _plot_film(result: Result) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 1.8), layout="constrained")
+    figure = require("matplotlib.figure", "plot", "a plot").Figure(figsize=(9.0, 1.8), layout="constrained")
     film, states = result.study.test.x[0][0], result.study.test.s[0]
     for i, k in enumerate(torch.linspace(0, len(film) - 1, min(8, len(film))).long().tolist()):
         ax = figure.add_subplot(1, 8, i + 1)

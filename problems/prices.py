@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convexlearn.problems.catalogue import require
+from convexlearn.extras import require
 
 ASSETS = ("IBM", "AAPL", "MSFT", "XRX", "ADBE", "^GSPC", "^IXIC")
 """Those of the file's columns that are recorded in every month: five shares, S&P 500 and Nasdaq Composite."""

@@ -10,8 +10,9 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from convexlearn.errors import OptionError
+from convexlearn.extras import require
 from convexlearn.problems import localisation_figures as drawing
-from convexlearn.problems.catalogue import ProblemEntry, Reference, Result, Study, require
+from convexlearn.problems.catalogue import ProblemEntry, Reference, Result, Study
 from convexlearn.problems.images import photograph
 from convexlearn.problems.localisation import MEASURES, Optics, Scenes, draw_image, f1, spread
 from convexlearn.problems.localisation_rules import REFERENCE, Data, Plan, contenders, declare, misses

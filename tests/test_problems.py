@@ -14,7 +14,7 @@ from convexlearn.cli import main
 from convexlearn.errors import OptionError
 from convexlearn.objectives import maximizes
 from convexlearn.problems import entries, find, images, sparse_recovery, super_resolution
-from convexlearn.problems.catalogue import Budget, load, require
+from convexlearn.problems.catalogue import Budget, load
 from convexlearn.problems.fitting import grid
 from convexlearn.simulate.pairs import Pairs
 
@@ -119,11 +119,6 @@ def test_unknown_names_options_and_values_are_errors_that_suggest():
     assert entry.configure(weights="no", crop="64", noise="0.5") == super_resolution.Setting(
         weights=False, crop=64, noise=0.5
     )
-
-
-def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(ModuleNotFoundError, match=r"needs nosuchmodule; .*convexlearn\[imaging\]"):
-        require("nosuchmodule.part", "imaging")
 
 
 def test_a_state_of_other_rules_is_refused():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError, ShapeError
+from convexlearn.extras import require
 from convexlearn.failures import collect_failures
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import as_rule
@@ -199,13 +200,7 @@ def _environment_class() -> type:
 
 
 def _gymnasium() -> ModuleType:
-    try:
-        import gymnasium
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "environments need gymnasium; install it with: pip install 'convexlearn[control]'", name="gymnasium"
-        ) from error
-    return gymnasium
+    return require("gymnasium", "control", "an environment")
 
 
 def _box(limit: Any, shape: tuple[int, ...] | None, name: str) -> Any:
