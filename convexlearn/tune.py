@@ -71,9 +71,9 @@ def tune(
 
     Where torch.distributed is initialised, all processes must call `tune` alike. Each simulates its share of every
     batch, gradients are averaged over all samples, and all processes end with the same weights: those of a single
-    process but for rounding, unless the rule itself draws random numbers (dropout) or mixes samples (batch norm).
-    Only the first process shows progress and writes files, callbacks are called in each; when a process fails, all
-    end and the checkpoint remains.
+    process but for rounding, which float32 training amplifies, unless the rule itself draws random numbers (dropout)
+    or mixes samples (batch norm). Only the first process shows progress and writes files, callbacks are called in each;
+    when a process fails, all end and the checkpoint remains.
 
     >>> from convexlearn.objectives import squared_error
     >>> from convexlearn.rules.affine import AffineRule

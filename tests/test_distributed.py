@@ -20,7 +20,7 @@ from convexlearn.simulate.base import simulate
 HERE = Path(__file__).parent
 SAME = [
     *("whole", "batch", "one sample", "regularizer", "maximize", "failed samples", "closed loop", "no part"),
-    *("momentum", "lbfgs", "proximal", "patience", "evaluate", "evaluate loop", "evaluate channel"),
+    *("momentum", "lbfgs", "proximal", "unfolded", "patience", "evaluate", "evaluate loop", "evaluate channel"),
 ]
 
 
@@ -71,8 +71,14 @@ def test_two_processes_give_what_one_gives(name, found):
     assert largest_difference(two, other) == 0
 
 
+def test_single_precision_differs_by_a_rounding(found):
+    one, two, other = (f["single precision"] for f in found)
+    assert largest_difference(one, two) < 1e-6
+    assert largest_difference(two, other) == 0
+
+
 def test_nothing_was_left_out(found):
-    assert {*SAME, "warnings"} == found[0].keys()
+    assert {*SAME, "single precision", "warnings"} == found[0].keys()
     assert found[0]["failed samples"]["history"]["records"][0]["failures"] > 0
     assert found[0]["patience"]["history"]["stopped"]
     assert len(found[0]["evaluate"]["a"][3]) > 0

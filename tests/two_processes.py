@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cvxpy as cp
 import torch
 import torch.distributed as dist
 
@@ -71,6 +72,20 @@ def feedback():
     return cl.AffineRule(torch.full((2, 2), -0.1, dtype=torch.float64))
 
 
+def lista(dtype):
+    """Three layers with free matrices."""
+    A = pairs(4).x.numpy()
+    s, x = cp.Variable(3), cp.Parameter(4, name="x")
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - A @ s) + 0.1 * cp.norm1(s)))
+    return cl.Unfolded(cl.ISTA(cl.split(problem, [x], s)).free("W1", "W2"), 3, untie=["threshold"]).to(dtype)
+
+
+def sparse(dtype):
+    draw = torch.Generator().manual_seed(2)
+    s = torch.randn(40, 3, dtype=torch.float64, generator=draw) * (torch.rand(40, 3, generator=draw) < 0.4)
+    return cl.simulate.Pairs((s @ pairs(4).x.mT).to(dtype), s.to(dtype))
+
+
 def quiet(rule, simulator, objective, **options):
     """A tuned rule's parameters and history."""
     given = {"steps": 5, "learning_rate": 0.1, "progress": False, **options}
@@ -109,6 +124,8 @@ def outcomes():
     yield "no part", step(affine(), Unsharded(), squared_error, batch_size=5)
     yield "momentum", quiet(affine(), data, squared_error, optimizer=momentum, batch_size=3)
     yield "lbfgs", quiet(affine(), data, squared_error, optimizer=lbfgs, steps=2)
+    yield "unfolded", quiet(lista(torch.float64), sparse(torch.float64), squared_error, batch_size=9, steps=40)
+    yield "single precision", step(lista(torch.float32), sparse(torch.float32), squared_error, batch_size=9)
     yield "proximal", quiet(affine(), data, squared_error, optimizer=cl.ProximalGradient, clip=None)
     yield "patience", quiet(affine(), data, squared_error, validation=valid, patience=2, learning_rate=1.0, steps=40)
     with warnings.catch_warnings(action="ignore"):
