@@ -34,7 +34,7 @@ def photograph(name: str) -> Tensor:
     Blocks of 2x2 pixels are averaged, which removes most of the photograph's own noise. The file is
     read from the installed package; nothing is downloaded.
     """
-    folder = Path(require("skimage", "imaging").__file__).parent / "data"
+    folder = Path(require("skimage", "imaging").__path__[0]) / "data"
     matches = sorted(folder.glob(f"{name}.*"))
     if not matches:
         raise FileNotFoundError(
