@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from convexlearn import distributed
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError, listed
-from convexlearn.objectives import Objective, judge
+from convexlearn.objectives import Objective, check_objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
-from convexlearn.simulate.base import FiniteSimulator, Trajectory, simulate
+from convexlearn.simulate.base import FiniteSimulator, Trajectory, check_simulator, simulate
 
 SAMPLES = 256
 """Number of trajectories that `evaluate` simulates by default, where the simulator has no length."""
@@ -137,6 +137,9 @@ def evaluate(
     2.0
     """
     objectives = dict(objective) if isinstance(objective, Mapping) else {"": objective}
+    check_simulator(simulator, "evaluate")
+    for function in objectives.values():
+        check_objective(function, "evaluate")
     timed = _TimedRule(as_rule(rule))
     values: dict[str, list[Tensor]] = {name: [] for name in objectives}
     failed: list[Tensor] = []

@@ -210,16 +210,26 @@ def export_c(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "c", ignore_errors=True)
+    _clear(folder)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            cpg.generate_code(problem, code_dir=str(folder), solver=solver, wrapper=False)
+        # cvxpygen empties the folder that it is given
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as fresh:
+            cpg.generate_code(problem, code_dir=str(Path(fresh) / "code"), solver=solver, wrapper=False)
+            shutil.copytree(Path(fresh) / "code", folder, dirs_exist_ok=True)
     except Exception as error:  # whatever cvxpygen cannot canonicalize
         raise CompileError(f"cvxpygen cannot generate {solver} code for this problem: {error}") from error
     inputs = [p.shape for p in _inputs(problem, rule)]
     options = {"tolerance": tolerance, "aim": 1e-4 * tolerance, "iterations": iterations}
     _write(folder, rule, SOLVERS[solver], inputs, outputs, options)
     return Controller(_compile(folder), rule, inputs, outputs)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the code of an earlier export, and nothing else; OptionError where other files are in the way."""
+    for part in (folder / "c", folder / "build"):
+        if part.exists() and not (folder / "controller.h").exists():
+            raise OptionError(f"export_c: {part} exists and no exported controller is beside it; choose another folder")
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _declared(rule: ConvexRule) -> tuple[cp.Problem, list[tuple[int, ...]]]:

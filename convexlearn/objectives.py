@@ -5,6 +5,7 @@
 `lambda t: squared_error(t) + 0.1 * cost(t)`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,22 @@ def maximizes(objective: Any) -> bool:
 def objective_name(objective: Any) -> str:
     """A name for messages and tables."""
     return getattr(objective, "__name__", type(objective).__name__)
+
+
+def check_objective(objective: Any, where: str) -> None:
+    """OptionError unless the objective can be called with a trajectory alone."""
+    try:
+        called = objective.forward if isinstance(objective, torch.nn.Module) else objective
+        valid = callable(called) and inspect.signature(called).bind(None) is not None
+    except TypeError:
+        valid = False
+    except ValueError:  # a builtin without signature
+        valid = True
+    if not valid or isinstance(objective, type):
+        raise OptionError(
+            f"{where}: the objective must be a function of a Trajectory alone that returns (B,), such as "
+            f"objectives.squared_error or lambda run: (run.decision - run.target).square().mean(1); got {objective!r}"
+        )
 
 
 def judge(objective: Objective, trajectory: Trajectory) -> Tensor:

@@ -17,19 +17,30 @@ from convexlearn.errors import OptionError, ShapeError
 class StackedLinear(nn.Module):
     """C linear maps: x `(B, C, ..., inputs)` -> `(B, C, ..., outputs)`; without bias also as `product`.
 
-    Weights normal with variance gain / inputs from `generator`, biases zero.
+    Weights normal with variance gain / inputs from `generator`, biases zero; gain None: both uniform within
+    1 / sqrt(inputs) of zero, as in torch.nn.Linear.
 
     >>> StackedLinear(4, 3, 2)(torch.ones(5, 4, 7, 3)).shape
     torch.Size([5, 4, 7, 2])
     """
 
     def __init__(
-        self, stack: int, inputs: int, outputs: int, *, gain: float = 2.0, generator: torch.Generator | None = None
+        self,
+        stack: int,
+        inputs: int,
+        outputs: int,
+        *,
+        gain: float | None = 2.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        drawn = torch.randn(stack, inputs, outputs, generator=generator, dtype=torch.float32)
-        self.weight = nn.Parameter(math.sqrt(gain / inputs) * drawn)
-        self.bias = nn.Parameter(torch.zeros(stack, 1, outputs, dtype=torch.float32))
+        weight, bias = torch.empty(stack, inputs, outputs), torch.zeros(stack, 1, outputs)
+        if gain is None:
+            for drawn in (weight, bias):
+                drawn.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+        else:
+            weight.normal_(0.0, math.sqrt(gain / inputs), generator=generator)
+        self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs `(B, C, ..., outputs)`."""
@@ -48,9 +59,12 @@ def stacked_mlp(
     *,
     hidden: Sequence[int] = (64, 64),
     activations: Sequence[Callable[[], nn.Module]] | None = None,
+    uniform: bool = False,
     seed: int | torch.Generator = 0,
 ) -> nn.Sequential:
     """`stack` multilayer perceptrons: `(B, C, ..., inputs)` -> `(B, C, ..., outputs)`; ReLUs by default.
+
+    uniform: weights and biases as torch.nn.Linear draws them, else normal weights and no biases.
 
     >>> stacked_mlp(4, 1, 16, hidden=(8,), activations=[nn.Sigmoid])(torch.ones(2, 4, 9, 1)).shape
     torch.Size([2, 4, 9, 16])
@@ -61,8 +75,12 @@ def stacked_mlp(
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for (before, after), activation in zip(pairwise([inputs, *hidden]), between):
-        layers += [StackedLinear(stack, before, after, generator=generator), activation()]
-    last = StackedLinear(stack, ([inputs, *hidden])[-1], outputs, gain=1.0, generator=generator)
+        layers += [
+            StackedLinear(stack, before, after, gain=None if uniform else 2.0, generator=generator),
+            activation(),
+        ]
+    gain = None if uniform else 1.0
+    last = StackedLinear(stack, ([inputs, *hidden])[-1], outputs, gain=gain, generator=generator)
     return nn.Sequential(*layers, last)
 
 

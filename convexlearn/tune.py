@@ -13,9 +13,9 @@ from convexlearn.descent import Descent, NonFiniteWarning, Rate, Sampler, Valida
 from convexlearn.errors import OptionError, suggest
 from convexlearn.evaluate import SAMPLES
 from convexlearn.history import History
-from convexlearn.objectives import Objective, objective_name
+from convexlearn.objectives import Objective, check_objective, objective_name
 from convexlearn.rules.parameters import trainable
-from convexlearn.simulate.base import FiniteSimulator
+from convexlearn.simulate.base import FiniteSimulator, check_simulator
 
 __all__ = ["History", "NonFiniteWarning", "tune"]
 
@@ -96,6 +96,10 @@ def tune(
     names = trainable(rule) if isinstance(rule, nn.Module) else {}
     if not names:
         raise OptionError("tune: the rule has no trainable parameter; choose some, as in rule.learn('rho')")
+    check_simulator(simulator, "tune")
+    check_objective(objective, "tune")
+    if optimizer is not None and (not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)):
+        raise OptionError(f"tune: optimizer must be a class, such as torch.optim.SGD, got {optimizer!r}")
     groups, rates = _groups(rule, names, learning_rate)
     sampler = Sampler(simulator, batch_size, seed)
     descent = Descent(
@@ -123,6 +127,8 @@ def tune(
 def _validation(validation: Any, objective: Objective, size: int) -> Validation:
     """`size`: samples per gradient step."""
     simulator, objective = validation if isinstance(validation, tuple) else (validation, objective)
+    check_simulator(simulator, "tune, validation")
+    check_objective(objective, "tune, validation")
     samples = len(simulator) if isinstance(simulator, FiniteSimulator) else SAMPLES
     return Validation(simulator, objective, min(max(1, round(samples / size)), VALIDATION_INTERVAL))
 

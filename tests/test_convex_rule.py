@@ -35,6 +35,18 @@ def rule_of(**options):
     return ConvexRule(problem, context=[x], decision=s, **options)
 
 
+@pytest.mark.parametrize("learn", ["rho", ["rho"]])
+def test_one_parameter_to_learn_needs_no_list(learn):
+    x, s, rho = cp.Parameter(2, name="x"), cp.Variable(2), cp.Parameter(nonneg=True, name="rho", value=0.3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(s - x) + rho * cp.norm1(s)))
+    assert [name for name, _ in ConvexRule(problem, x, s, learn=learn).named_parameters()] == ["free.rho"]
+    assert [name for name, _ in ConvexRule(problem, x, s, learn=rho).named_parameters()] == ["free.rho"]
+    with pytest.raises(CompileError, match="context must be parameters of the problem themselves, got 'x'"):
+        ConvexRule(problem, ["x"], s)
+    with pytest.raises(CompileError, match=r"must be a cvxpy\.Problem, got Minimize"):
+        ConvexRule(problem.objective, [x], s)
+
+
 def double(x):
     return 2 * x
 

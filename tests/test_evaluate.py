@@ -126,3 +126,10 @@ def test_median_and_its_error():
     assert math.isnan(Evaluation(torch.ones(1)).median_error)
     difference = spoilt - Evaluation(torch.zeros(10_002), failed=(3,))
     assert difference.failed == (3, 10_001)
+
+
+def test_what_is_no_simulator_or_objective():
+    with pytest.raises(OptionError, match="evaluate: tuple is no simulator"):
+        evaluate(nn.Identity(), (torch.ones(3, 2), torch.ones(3, 2)), squared_error)
+    with pytest.raises(OptionError, match="function of a Trajectory alone"):
+        evaluate(nn.Identity(), PAIRS, {"mse": nn.functional.mse_loss})

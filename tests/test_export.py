@@ -160,3 +160,14 @@ def test_torch_export_and_back(rule, tmp_path):
         again = torch.export.load(tmp_path / "rule.pt2").module()
         torch.testing.assert_close(again(-x), expected, rtol=1e-10, atol=1e-10)
     assert math.isfinite(float(again(x).sum()))
+
+
+@compiled
+def test_files_that_are_already_there_stay(tmp_path):
+    pytest.importorskip("cvxpygen")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    cl.export_c(controller(), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "other" / "c").mkdir(parents=True)
+    with pytest.raises(OptionError, match="no exported controller is beside it"):
+        cl.export_c(controller(), tmp_path / "other")

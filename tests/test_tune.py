@@ -468,3 +468,23 @@ def test_numpy_learning_rates_can_be_resumed(tmp_path):
     run(steps=4, learning_rate=lambda k: rates[k], checkpoint=path)
     rule, _ = run(steps=9, learning_rate=lambda k: rates[k], checkpoint=path)
     assert torch.equal(rule.W, expected_rule.W)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"simulator": torch.zeros(4, 2)}, r"tune: Tensor is no simulator; give one, as Pairs\(x, s\)"),
+        ({"simulator": (1, 2)}, "tune: tuple is no simulator"),
+        ({"objective": "mse"}, "tune: the objective must be a function of a Trajectory"),
+        ({"objective": nn.MSELoss()}, "tune: the objective must be a function of a Trajectory"),
+        ({"objective": lambda x, y: x}, "tune: the objective must be a function of a Trajectory"),
+        ({"optimizer": "adam"}, "optimizer must be a class, such as torch.optim.SGD, got 'adam'"),
+        ({"validation": (torch.zeros(4, 2), torch.zeros(4, 2))}, "tune, validation: Tensor is no simulator"),
+    ],
+)
+def test_what_is_no_simulator_objective_or_optimizer(change, message):
+    pairs = Pairs(torch.ones(4, 2), torch.ones(4, 2))
+    arguments = {"rule": AffineRule(torch.eye(2)).learn("W"), "simulator": pairs, "objective": squared_error} | change
+    rule, simulator, objective = (arguments.pop(name) for name in ("rule", "simulator", "objective"))
+    with pytest.raises(OptionError, match=message):
+        tune(rule, simulator, objective, steps=1, **arguments)

@@ -1,8 +1,9 @@
 """ConvexRule (T3): the decision is the solution of a parametrized convex problem."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cvxpy as cp
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class ConvexRule(DecisionRule):
 
     problem: a DPP `cvxpy.Problem`. context: its parameters that are fed at call time, in order.
     decision: a variable, an affine expression of variables (`u[0]`), or a list of them. learn:
-    parameters (or names) to train, default every parameter that is not context; the others keep
+    parameters (or names) to train, one or a list, default every parameter that is not context; the others keep
     their values until `learn("name")`. features: a differentiable function or module from x to the
     context values, for what DPP cannot express. on_failure: "raise", "nan", or "fallback" (the rows of
     `fallback`, or else the last decision of a rollout, at first zero; with zero gradient). Further
@@ -52,7 +53,7 @@ class ConvexRule(DecisionRule):
         problem: Any,
         context: Any,
         decision: Any,
-        learn: Sequence[Any] | None = None,
+        learn: Any = None,
         features: Callable[..., Any] | None = None,
         solver: str | Solver | None = None,
         on_failure: str = "raise",
@@ -184,19 +185,27 @@ class _Function(nn.Module):
         return self.function(*x)
 
 
-def _learned(problem: Any, context: list, learn: Sequence[Any] | None) -> tuple[str, ...]:
+def _learned(problem: Any, context: list, learn: Any) -> tuple[str, ...]:
     """Names of the parameters to train."""
+    if not isinstance(problem, cp.Problem):
+        raise CompileError(f"the first argument must be a cvxpy.Problem, got {type(problem).__name__}")
     names = {p.name(): p for p in problem.parameters()}
+    for p in context:
+        if not isinstance(p, cp.Parameter):
+            raise CompileError(f"context must be parameters of the problem themselves, got {p!r}")
     fed = [p.name() for p in context]
     for p in context:
         if names.get(p.name()) is not p:
             raise CompileError(f"context parameter '{p.name()}' is not in the problem; it has {list(names)}")
     if learn is None:
         return tuple(n for n in names if n not in fed)
-    chosen = [p if isinstance(p, str) else p.name() for p in learn]
+    listed = [learn] if isinstance(learn, str | cp.Expression) else list(learn)
+    chosen = [p if isinstance(p, str) else p.name() for p in listed]
     for name in chosen:
         if name not in names:
-            raise OptionError(f"learn: no parameter named '{name}'; {suggest(name, names)}")
+            raise OptionError(
+                f"learn: no parameter named '{name}'; {suggest(name, [n for n in names if n not in fed])}"
+            )
         if name in fed:
             raise OptionError(f"learn: parameter '{name}' is context, it cannot be trained as well")
     return tuple(chosen)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from convexlearn.errors import ShapeError
+from convexlearn.errors import OptionError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,15 @@ class Simulator(Protocol):
     ) -> Trajectory:
         """Simulate `batch_size` samples."""
         ...
+
+
+def check_simulator(simulator: Any, where: str) -> None:
+    """OptionError for data that are not a simulator yet."""
+    if not callable(simulator) or isinstance(simulator, type | Tensor):
+        raise OptionError(
+            f"{where}: {type(simulator).__name__} is no simulator; give one, as Pairs(x, s) for contexts and targets, "
+            "or a ClosedLoop for a plant"
+        )
 
 
 def simulate(simulator: Any, rule: Any, rows: Tensor, batch_size: int | None, generator: torch.Generator) -> Trajectory:
