@@ -42,6 +42,31 @@ def total_variation():
     return cp.Problem(cp.Minimize(cp.sum_squares(x - y) + 0.5 * cp.tv(x))), [y]
 
 
+def simplex():
+    y, x = cp.Parameter(9, name="y"), cp.Variable(9)
+    return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.sum(x) == 1, x >= 0]), [y]
+
+
+def polytope():
+    y, x = cp.Parameter(6, name="y"), cp.Variable(6)
+    C = np.random.default_rng(4).standard_normal((15, 6))
+    return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [C @ x <= 0.5, x[0] + x[1] == 0.1, x >= -1]), [y]
+
+
+def bounded_states():
+    n, m, horizon = 3, 2, 4
+    A, B, x0 = cp.Parameter((n, n), name="A"), cp.Parameter((n, m), name="B"), cp.Parameter(n, name="x0")
+    u, x, over = cp.Variable((horizon, m)), cp.Variable((horizon + 1, n)), cp.Variable((horizon, n))
+    cost, constraints = (
+        cp.sum_squares(x) + 0.3 * cp.sum_squares(u) + cp.sum(over + 5 * over**2),
+        [x[0] == x0, over >= 0],
+    )
+    for t in range(horizon):
+        constraints += [x[t + 1] == A @ x[t] + B @ u[t], cp.abs(u[t]) <= 0.5]
+        constraints += [x[t + 1] <= 0.3 + over[t], x[t + 1] >= -0.3 - over[t]]
+    return cp.Problem(cp.Minimize(cost), constraints), [A, B, x0]
+
+
 def quantiles():
     y, q = cp.Parameter(9, name="y"), cp.Variable()
     cost = cp.sum(0.3 * cp.pos(y - q) + 0.7 * cp.neg(y - q)) + 0.01 * cp.square(q)
@@ -62,6 +87,9 @@ FAMILIES = {
     "lasso": lasso,
     "portfolio": portfolio,
     "total variation": total_variation,
+    "simplex": simplex,
+    "polytope": polytope,
+    "bounded states": bounded_states,
     "quantiles": quantiles,
     "scaled bounds": scaled_bounds,
 }

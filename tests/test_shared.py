@@ -11,7 +11,9 @@ from convexlearn.solvers.base import polyhedral_residual
 from convexlearn.solvers.quadratic import shared
 from convexlearn.solvers.quadratic.solver import Quadratic, QuadraticOptions
 
-CASES = {"norm_inf": ("A", "B", "Q"), "two sides": ("A", "B", "Q"), "lasso": ("H", "rho")}
+NOTHING = ("nothing",)  # no parameter has that name: only what no parameter enters is shared
+GENERAL = {"simplex": NOTHING, "polytope": NOTHING, "bounded states": ("A", "B")}
+CASES = {"norm_inf": ("A", "B", "Q"), "two sides": ("A", "B", "Q"), "lasso": ("H", "rho")} | GENERAL
 
 
 def both(program, data):
@@ -47,7 +49,8 @@ def test_gradients_agree_with_the_interior_point(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max() + 1))
 
 
-VARYING = [("norm_inf", "A"), ("norm_inf", "b"), ("two sides", "A"), ("lasso", "q"), ("lasso", "A"), ("lasso", "b")]
+VARYING = [("simplex", "b"), ("polytope", "b"), ("bounded states", "A"), ("bounded states", "b")]
+VARYING += [("norm_inf", "A"), ("norm_inf", "b"), ("two sides", "A"), ("lasso", "q"), ("lasso", "A"), ("lasso", "b")]
 
 
 @pytest.mark.parametrize(("name", "field"), VARYING)
@@ -152,3 +155,53 @@ def test_refuses_to_condense_what_is_not_boxes():
     with pytest.raises(ValueError, match="path='shared' needs P and A common to the batch"):
         Quadratic().solve(program, data, QuadraticOptions(path="shared"))
     assert shared.condense(reduce(instance("lasso")[0]), *(arrays(instance("lasso", batch=1)[1])[k] for k in (0, 2)))
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_general_inequalities_are_condensed(name):
+    """All samples are settled by the condensed path itself, and a start at the solution needs no step."""
+    program, data = instance(name, batch=70, shared=CASES[name])
+    condensed = shared.condense(reduce(program), data.P.numpy(), data.A.numpy())
+    assert condensed is not None
+    assert condensed.arrangement.rows > 0
+    cold = shared.solve(condensed, arrays(data), 70)
+    assert cold.worst < 1e-12
+    assert cold.steps.max() > 2
+    warm = shared.solve(condensed, arrays(data), 70, cold.x)
+    np.testing.assert_allclose(warm.x, cold.x, rtol=1e-9, atol=1e-11)
+    assert warm.steps.mean() < 1.1
+
+
+def test_projection_on_the_simplex_is_the_closed_form():
+    program, data = instance("simplex", batch=300, shared=NOTHING)
+    y = np.random.default_rng(0).standard_normal((300, 9))  # what `instance` drew
+    solution = Quadratic().solve(program, data, QuadraticOptions(path="shared"))
+    x = solution.x.numpy()[:, reduce(program).keep]
+    ordered = -np.sort(-y, axis=1)
+    thresholds = (ordered.cumsum(1) - 1) / np.arange(1, 10)
+    count = (ordered > thresholds).sum(1)
+    expected = np.maximum(y - thresholds[np.arange(300), count - 1][:, None], 0)
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1e-13)
+
+
+def test_dependent_and_repeated_rows():
+    """Five copies of each row, and vertices with more active rows than variables."""
+    rng, n = np.random.default_rng(2), 4
+    A = np.vstack([np.eye(n), -np.eye(n), np.ones((1, n))] * 5)
+    program = program_of(
+        2 * np.eye(n), A, 0, lambda P, rows: tuple(np.full(k, np.nan) for k in (P.nnz, n, rows.nnz, len(A)))
+    )
+    b = np.tile(np.concatenate([np.ones(n), np.zeros(n), [n]]), 5)
+    q = torch.tensor(4 * rng.standard_normal((60, n)))
+    fields = (torch.full((1, program.P.nnz), 2.0).double(), q, torch.tensor(A[program.A.rows, program.A.cols])[None])
+    data = ProgramData(*fields, torch.tensor(b)[None], 60)
+    solution = Quadratic().solve(program, data, QuadraticOptions(path="shared"))
+    torch.testing.assert_close(solution.x, (-q / 2).clamp(0, 1), rtol=0, atol=1e-13)
+
+
+def test_an_infeasible_sample_is_named_and_the_others_are_solved():
+    program, data = instance("simplex", batch=5, shared=NOTHING)
+    b = data.b.expand(5, -1).clone()
+    b[3] = -b[3].abs() - 1  # x >= 1 in all entries, and a sum of 1 or less
+    solution = Quadratic().solve(program, data.replaced(b=b), QuadraticOptions())
+    assert solution.status.tolist() == [Status.SOLVED] * 3 + [Status.INFEASIBLE, Status.SOLVED]

@@ -128,3 +128,23 @@ def condense(P_row, P_col, P, A_row, A_col, A, sizes, limit, dense):
     if sizes[2] == 0:
         return 1
     return 2 if invert_positive(H, dense[at : at + n * n].reshape(n, n), limit) else 1
+
+
+@entry
+def condense_rows(E, equality, Kb, Ku, S, out):
+    """Fill `out`, as shared_kernels reads it, from the inequalities E [u; x_B] <= e and the equalities, row by row."""
+    (m, n), equal = (len(E), len(S)), len(Kb)
+    out[:] = 0.0
+    C, across = out[: m * n].reshape(m, n), out[m * n : 2 * m * n].reshape(n, m)
+    T, rest = out[2 * m * n : 3 * m * n].reshape(m, n), out[3 * m * n :]
+    offset, basic = rest[: m * equal].reshape(m, equal), rest[m * equal : 2 * m * equal].reshape(m, equal)
+    norm, rest = rest[2 * m * equal : 2 * m * equal + m], rest[2 * m * equal + m :]
+    rest.reshape(equal, n + equal)[:] = equality
+    C[:], basic[:] = E[:, :n], E[:, n:]
+    add_matrix_product(1.0, basic, Ku, C)
+    add_matrix_product(1.0, basic, Kb, offset)
+    across[:] = C.T
+    add_matrix_product(1.0, C, S, T)
+    for i in range(m):
+        for j in range(n):
+            norm[i] += abs(C[i, j])

@@ -1,8 +1,9 @@
-"""Matrices common to the batch: condense once to a small dense box QP, then one active set per sample.
+"""Matrices common to the batch: condense once to a small dense QP, then one active set per sample.
 
-The equalities are solved for unbounded variables, x_B = Kb b + Ku u; what remains is
-min 1/2 u'Hu + g'u + w'|u| over l <= u <= h with one H for the whole batch (MPC: the inputs; lasso:
-the Gram matrix). The adjoint solves the same linear systems on the active sets found.
+The equalities are solved for basic variables, x_B = Kb b + Ku u. Where these can be unbounded ones and all
+inequalities are bounds, what remains is min 1/2 u'Hu + g'u + w'|u| over l <= u <= h with one H for the whole batch
+(MPC: the inputs; lasso: the Gram matrix); else min 1/2 u'Hu + g'u over Cu <= d with one C as well (projections,
+MPC with bounded states), for positive definite H. The adjoint solves the same linear systems on the active sets found.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from convexlearn.parallel import count, run
 from convexlearn.program.reduce import Arrays, BoxProgram, Pair, Reduction
 
 LARGEST = 400  # dense factorizations per sample beyond this size cost more than sparse ones
+LARGEST_ROWS = 20_000  # entries of C from which the interior point is faster
 CONDITION = 1e10
 NOTHING = np.zeros((0, 0))
 
 
 @dataclass(frozen=True, eq=False)
 class Condensed:
-    """One dense box QP for the batch in variables u = x[arrangement.inner] of the reduced program.
+    """One dense QP for the batch in variables u = x[arrangement.inner] of the reduced program.
 
     values: bytes of the P and A it was made from. dense: matrices as shared_kernels reads them.
     lengths: of packed vectors and of packed solutions.
@@ -44,24 +46,41 @@ class Condensed:
 
 
 def condensable(box: BoxProgram) -> bool:
-    """Whether the structure allows it: boxes only, enough unbounded variables, few others."""
-    clash = np.isin(box.absolute, np.concatenate([box.lower, box.upper])).any()
-    free, equalities = len(unbounded(box)), box.A.shape[0]
-    return not clash and box.G.shape[0] == 0 and equalities <= free and 0 < box.n - equalities <= LARGEST
+    """Whether the structure allows it: few variables beside the equalities, with curvature unless all is bounds."""
+    if np.isin(box.absolute, np.concatenate([box.lower, box.upper])).any():
+        return False
+    size = box.n - box.A.shape[0]
+    if not 0 < size <= LARGEST or not general(box):
+        return 0 < size <= LARGEST
+    flat = box.n - np.count_nonzero(box.P.rows == box.P.cols)  # more such variables than equalities: H is singular
+    return not len(box.absolute) and flat <= box.A.shape[0] and _rows(box) * size <= LARGEST_ROWS
+
+
+def general(box: BoxProgram) -> bool:
+    """Whether inequalities remain that are not bounds once the equalities are solved for unbounded variables."""
+    return box.G.shape[0] > 0 or box.A.shape[0] > len(unbounded(box))
+
+
+def _rows(box: BoxProgram) -> int:
+    return box.G.shape[0] + len(box.lower) + len(box.upper)
 
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
-    """Variables reordered to [inner, basic]: positions of P's and A's entries, and the kernels' index lists."""
+    """Variables reordered to [inner, basic]: positions of P's and A's entries, and the kernels' index lists.
+
+    rows: how many inequalities are treated as general ones, all or none.
+    """
 
     inner: np.ndarray
     position: np.ndarray
     P_at: tuple[np.ndarray, np.ndarray]
     A_at: tuple[np.ndarray, np.ndarray]
     index: np.ndarray
+    rows: int
 
     @classmethod
-    def of(cls, box: BoxProgram, basic: np.ndarray) -> "Arrangement":
+    def of(cls, box: BoxProgram, basic: np.ndarray, rows: int) -> "Arrangement":
         """Arrange for a choice of basic variables, as many as there are equalities."""
         inner = np.setdiff1d(np.arange(box.n), basic)
         position = np.empty(box.n, dtype=np.int64)
@@ -71,7 +90,7 @@ class Arrangement:
         header = len(lists) + 1 + np.cumsum([0, *(len(v) for v in lists)])
         P_at = position[box.P.rows], position[box.P.cols]
         A_at = box.A.rows.astype(np.int64), position[box.A.cols]
-        return cls(inner, position, P_at, A_at, np.concatenate([header, *lists]).astype(np.int32))
+        return cls(inner, position, P_at, A_at, np.concatenate([header, *lists]).astype(np.int32), rows)
 
 
 def unbounded(box: BoxProgram) -> np.ndarray:
@@ -85,15 +104,16 @@ def unbounded(box: BoxProgram) -> np.ndarray:
 def arrange(box: BoxProgram, A: np.ndarray) -> Arrangement | None:
     """Basic variables for the values A (nnz,) of the equalities, by QR with pivoting where there is a choice.
 
-    None where the unbounded variables don't span the equalities.
+    None where the variables that may be basic don't span the equalities.
     """
-    free, rows = unbounded(box), box.A.shape[0]
+    rows, inequalities = box.A.shape[0], _rows(box) if general(box) else 0
+    free = np.arange(box.n) if inequalities else unbounded(box)
     if len(free) > rows > 0:
         equality = np.zeros(box.A.shape)
         equality[box.A.rows, box.A.cols] = A
         _, order = scipy.linalg.qr(equality[:, free], mode="r", pivoting=True, check_finite=False)
         free = np.sort(free[order[:rows]])
-    return Arrangement.of(box, free[:rows]) if len(free) >= rows else None
+    return Arrangement.of(box, free[:rows], inequalities) if len(free) >= rows else None
 
 
 def condense(
@@ -101,12 +121,14 @@ def condense(
 ) -> Condensed | None:
     """Condense a program whose P and A (as ProgramData stores them, leading dimension 1) all samples share.
 
-    `arrangement` is tried first. None where the unbounded variables don't span the equalities.
+    `arrangement` is tried first. None where no variables that may be basic span the equalities.
     """
     box = reduction.box
-    P_box, A_box, _ = reduction.matrices(P, A)
+    P_box, A_box, G_box = reduction.matrices(P, A)
     own = arrange(box, A_box[0]) if arrangement is None else arrangement
     dense = None if own is None else _condensed_matrices(box, own, P_box, A_box)
+    if dense is not None and own is not None and own.rows:
+        dense = _with_rows(box, own, A_box[0], G_box[0], dense)
     if dense is None or own is None:
         return None if arrangement is None else condense(reduction, P, A)
     lengths = (reduction.ends[-1], reduction.dual_ends[-1])
@@ -126,9 +148,32 @@ def _condensed_matrices(box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.
     return dense[: len(dense) - n * n] if wanted and found == 1 else dense
 
 
+def _with_rows(box: BoxProgram, own: Arrangement, A: np.ndarray, G: np.ndarray, dense: np.ndarray) -> np.ndarray | None:
+    """`dense` and the general inequalities, or None where H has no inverse."""
+    from convexlearn.solvers.quadratic.condense_kernels import condense_rows
+
+    n, equal = len(own.inner), box.A.shape[0]
+    before = n * n + equal * (3 * n + 2 * equal)
+    if len(dense) == before:
+        return None
+    E, equality, first = np.zeros((own.rows, box.n)), np.zeros((equal, box.n)), box.G.shape[0]
+    equality[own.A_at] = A
+    E[box.G.rows, own.position[box.G.cols]] = G
+    for bounded, sign in ((box.lower, -1.0), (box.upper, 1.0)):
+        E[first + np.arange(len(bounded)), own.position[bounded]] = sign
+        first += len(bounded)
+    Kb, Ku = np.split(dense[n * n : n * n + equal * (equal + n)], [equal * equal])
+    out = np.empty(own.rows * (3 * n + 2 * equal + 1) + equality.size)
+    condense_rows(E, equality, Kb.reshape(equal, equal), Ku.reshape(equal, n), dense[before:].reshape(n, n), out)
+    return np.concatenate([dense, out])
+
+
 @dataclass(frozen=True, eq=False)
 class SharedResult:
-    """What the adjoint needs: the condensed problem, states (B, size) and signs (B, 1-norms) of the solution."""
+    """What the adjoint needs: the condensed problem, states (B, .) and signs (B, 1-norms) of the solution.
+
+    states: of the variables, or 1 for the general inequalities of the working set.
+    """
 
     condensed: Condensed
     states: np.ndarray
@@ -157,7 +202,7 @@ def solve(
     begin = NOTHING if start is None else np.ascontiguousarray(start[:, reduction.keep[inner]])
     x, z = np.empty((batch, program.n)), np.empty((batch, program.m))
     residual, steps = np.empty(batch), np.empty(batch, dtype=np.int64)
-    states = np.empty((batch, len(inner)), dtype=np.int8)
+    states = np.empty((batch, condensed.arrangement.rows or len(inner)), dtype=np.int8)
     constants = (*condensed.constants, *data, program.cones.zero, condensed.lengths, begin)
     constants = (*constants, x, z, residual, states, steps)
     worst: list[float] = []

@@ -1,8 +1,8 @@
 """Compiled passes of the condensed path: forward and backward of up to WIDTH samples in one call each.
 
-`dense` holds the matrices [H, Kb, Ku, mixed, P_basic, H^-1 or nothing] back to back, `index` the
-lists (header as in reduction_kernels) inner, basic, lower, upper, absolute. Columns of P_basic are
-in the order inner, basic.
+`dense` holds the matrices [H, Kb, Ku, mixed, P_basic, H^-1 or nothing] and, where there are inequalities beside
+boxes, [C, C', T, offset, basic, norm, equality] of polyhedral_kernels.Rows, back to back; `index` the lists (header as
+in reduction_kernels) inner, basic, lower, upper, absolute. Columns of P_basic are in the order inner, basic.
 """
 
 import numpy as np
@@ -24,13 +24,14 @@ from convexlearn.program.reduction_kernels import (
 )
 from convexlearn.solvers.quadratic.active_set_kernels import LOWER, UPPER, fixed_sample, solve_sample
 from convexlearn.solvers.quadratic.kkt_kernels import adjoint_residual_block, gradient_block, residual_block
+from convexlearn.solvers.quadratic.polyhedral_kernels import Rows, fixed_rows, solve_rows
 
 INNER, BASIC, LOWER_AT, UPPER_AT, ABSOLUTE_AT = range(5)
 
 
 @helper
 def matrices(index, dense):
-    """H, its inverse (or nothing), Kb, Ku, mixed, P_basic."""
+    """H, its inverse (or nothing), Kb, Ku, mixed, P_basic, and the general inequalities, none or all."""
     n, rows = len(part(index, INNER)), len(part(index, BASIC))
     H, at = dense[: n * n].reshape(n, n), n * n
     Kb = dense[at : at + rows * rows].reshape(rows, rows)
@@ -41,8 +42,29 @@ def matrices(index, dense):
     at += rows * n
     P_basic = dense[at : at + rows * (n + rows)].reshape(rows, n + rows)
     at += rows * (n + rows)
-    S = dense[at:].reshape(n if at < len(dense) else 0, n)
-    return H, S, Kb, Ku, mixed, P_basic
+    inverse = n if at < len(dense) else 0
+    S = dense[at : at + inverse * n].reshape(inverse, n)
+    return H, S, Kb, Ku, mixed, P_basic, general_rows(H, S, rows, dense[at + inverse * n :])
+
+
+@helper
+def general_rows(H, S, equalities, dense):
+    """The inequalities that `dense` holds."""
+    n = len(H)
+    size = equalities * (n + equalities)
+    m = max(len(dense) - size, 0) // (3 * n + 2 * equalities + 1)
+    C, across, T = dense[: m * n], dense[m * n : 2 * m * n], dense[2 * m * n : 3 * m * n]
+    offset, rest = dense[3 * m * n : m * (3 * n + equalities)], dense[m * (3 * n + equalities) :]
+    basic, norm, equality = (
+        rest[: m * equalities],
+        rest[m * equalities : m * equalities + m],
+        rest[m * equalities + m :],
+    )
+    sides, shape = (
+        (offset.reshape(m, equalities), basic.reshape(m, equalities)),
+        (equalities if m > 0 else 0, n + equalities),
+    )
+    return Rows(H, S, C.reshape(m, n), across.reshape(n, m), T.reshape(m, n), *sides, norm, equality.reshape(shape))
 
 
 @helper
@@ -69,21 +91,45 @@ def gradient(index, Ku, mixed, v):
 
 
 @helper
-def recover(index, Kb, Ku, P_basic, v, u, s):
-    """Fill rows [x, y] of s: x_B = Kb b + Ku u and y = -Kb'(P_B x + q_B)."""
+def right_sides(index, rows, v):
+    """d (rows, samples) of the general inequalities: [h, -l, u] less what b contributes."""
+    n, equal, m = len(rows.H), rows.offset.shape[1], len(rows.C)
+    lower, upper = len(part(index, LOWER_AT)), len(part(index, UPPER_AT))
+    d, at = np.empty((m, v.shape[1])), n + 2 * equal
+    for i in range(m):
+        sign = -1.0 if m - lower - upper <= i < m - upper else 1.0
+        for j in range(v.shape[1]):
+            d[i, j] = sign * v[at + i, j]
+    if equal > 0:
+        b = np.arange(n + equal, n + 2 * equal).astype(np.int32)
+        multiply_dense(rows.offset, -1.0, v, b, d, np.arange(m).astype(np.int32))
+    return d
+
+
+@helper
+def recover(index, Kb, Ku, P_basic, rows, v, u, prices, s):
+    """Fill rows [x, y] of s: x_B = Kb b + Ku u and y = -Kb'(P_B x + q_B + what general inequalities contribute)."""
     inner, basic = part(index, INNER), part(index, BASIC)
-    n, rows = len(inner) + len(basic), len(basic)
-    s[: n + rows] = 0.0
+    n, equal = len(inner) + len(basic), len(basic)
+    s[: n + equal] = 0.0
     scatter(inner, u, 0, s)
-    if rows > 0:
-        every, equal = index[index[INNER] : index[LOWER_AT]], np.arange(n, n + rows).astype(np.int32)
-        own = np.arange(rows).astype(np.int32)
-        multiply_dense(Kb, 1.0, v, equal, s, basic)
+    if equal > 0:
+        every, sides = index[index[INNER] : index[LOWER_AT]], np.arange(n, n + equal).astype(np.int32)
+        own = np.arange(equal).astype(np.int32)
+        multiply_dense(Kb, 1.0, v, sides, s, basic)
         multiply_dense(Ku, 1.0, u, np.arange(len(inner)).astype(np.int32), s, basic)
-        price = np.empty((rows, v.shape[1]))
+        price = np.empty((equal, v.shape[1]))
+        if len(prices) > 0:
+            gather(sides, v, price, 0)
+            multiply_dense(rows.equality, -1.0, s, every, price, own)
+            multiply_dense(Kb, 1.0, price, own, s, basic)
         gather(basic, v, price, 0)
         multiply_dense(P_basic, 1.0, s, every, price, own)
-        multiply_dense(Kb.T, -1.0, price, own, s, equal)
+        multiply_dense(rows.basic.T, 1.0, prices, np.arange(len(prices)).astype(np.int32), price, own)
+        multiply_dense(Kb.T, -1.0, price, own, s, sides)
+        if len(prices) > 0:
+            multiply_dense(rows.equality[:, len(inner) :].T, 1.0, s, sides, price, own)
+            multiply_dense(Kb.T, -1.0, price, own, s, sides)
 
 
 @helper
@@ -138,9 +184,10 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
 
     Returns the largest residual, infinite where a sample did not settle.
 
-    lengths: rows of the packed vectors and of the packed solution. begin: (0 or B, size) starts.
+    lengths: rows of the packed vectors and of the packed solution. begin: (0 or B, size) starts. states: (B, size), or
+    (B, inequalities) where these are general.
     """
-    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    H, S, Kb, Ku, mixed, P_basic, rows = matrices(index, dense)
     n, worst = len(H), 0.0
     no_sign = np.zeros((0, 0))
     k = first
@@ -152,14 +199,21 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
         v, s = np.empty((lengths[0], width)), np.empty((lengths[1], width))
         restrict_block(plan, coef, P, A, k, bq.copy(), bb.copy(), v)
         g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
-        solve_sample(H, S, g, v, index, begin, k, u, rho, states, steps)
-        recover(index, Kb, Ku, P_basic, v, u, s)
-        multipliers(index, rho, s)
+        prices = np.zeros((len(rows.C), width))
+        if len(prices) > 0:
+            solve_rows(rows, g, right_sides(index, rows, v), begin, k, u, prices, states, steps)
+        else:
+            solve_sample(H, S, g, v, index, begin, k, u, rho, states, steps)
+        recover(index, Kb, Ku, P_basic, rows, v, u, prices, s)
+        if len(prices) > 0:
+            s[len(s) - len(prices) :] = prices
+        else:
+            multipliers(index, rho, s)
         bx, bz = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
         lift_block(plan, coef, P, A, k, bq, bb, s, no_sign, False, bx, bz)
-        rows, cols = part(plan, A_ROW), part(plan, A_COL)
+        a_rows, a_cols = part(plan, A_ROW), part(plan, A_COL)
         p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
-        residual_block(p_rows, p_cols, rows, cols, zero, P, A, k, bq, bb, bx, bz, residual)
+        residual_block(p_rows, p_cols, a_rows, a_cols, zero, P, A, k, bq, bb, bx, bz, residual)
         transpose_out(bx, x, k)
         transpose_out(bz, z, k)
         for j in range(width):
@@ -179,7 +233,7 @@ def backward(
 
     absolute: the reduced program's variables in 1-norms, sign (B, 1-norms) their signs.
     """
-    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    H, S, Kb, Ku, mixed, P_basic, rows = matrices(index, dense)
     n, pairs = len(H), len(absolute)
     k = first
     while k < last:
@@ -193,21 +247,28 @@ def backward(
             for j in range(width):
                 v[absolute[i], j] += sign[k + j, i] * v[len(v) - 3 * pairs + i, j]
         g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
-        pinned = np.zeros((n, width))
-        pin(index, v, states, k, pinned)
-        fixed_sample(H, S, g, pinned, states, k, u, rho)
-        recover(index, Kb, Ku, P_basic, v, u, s)
-        adjoint_multipliers(index, rho, states, k, s)
+        prices = np.zeros((len(rows.C), width))
+        if len(prices) > 0:
+            fixed_rows(rows, g, right_sides(index, rows, v), states, k, u, prices)
+        else:
+            pinned = np.zeros((n, width))
+            pin(index, v, states, k, pinned)
+            fixed_sample(H, S, g, pinned, states, k, u, rho)
+        recover(index, Kb, Ku, P_basic, rows, v, u, prices, s)
+        if len(prices) > 0:
+            s[len(s) - len(prices) :] = prices
+        else:
+            adjoint_multipliers(index, rho, states, k, s)
         bvx, bvz = np.empty((x.shape[1], width)), np.empty((z.shape[1], width))
         lift_block(plan, coef, P, A, k, bq, bb, s, sign, False, bvx, bvz)
         transpose_out(bvz, vz, k)
         for j in range(width):
             for i in range(len(bvx)):
                 vx[k + j, i] = -bvx[i, j]
-        rows, cols = part(plan, A_ROW), part(plan, A_COL)
+        a_rows, a_cols = part(plan, A_ROW), part(plan, A_COL)
         p_rows, p_cols = part(plan, P_ROW), part(plan, P_COL)
-        adjoint_residual_block(p_rows, p_cols, rows, cols, P, A, k, bq, bb, bvx, bvz, residual)
+        adjoint_residual_block(p_rows, p_cols, a_rows, a_cols, P, A, k, bq, bb, bvx, bvz, residual)
         transpose_in(x, k, 1.0, bq)
         transpose_in(z, k, 1.0, bb)
-        gradient_block(p_rows, p_cols, rows, cols, k, bq, bb, bvx, bvz, gP, gA, block_P, block_A)
+        gradient_block(p_rows, p_cols, a_rows, a_cols, k, bq, bb, bvx, bvz, gP, gA, block_P, block_A)
         k += width

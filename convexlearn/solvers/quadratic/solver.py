@@ -179,13 +179,17 @@ class _Analysis:
     lock: Any = field(default_factory=threading.Lock)
     symbolic: Any = None
     last: shared.Condensed | None = None
+    refused: tuple[bytes, bytes] | None = None
 
     def condensed(self, data: Arrays) -> shared.Condensed | None:
         """The condensed problem, the last one where the matrices are the same (closed loops)."""
-        last = self.last
-        if last is None or not last.matches(data[0], data[2]):
-            last = shared.condense(self.reduction, data[0], data[2], None if last is None else last.arrangement)
+        P, A, last = data[0], data[2], self.last
+        if self.refused is not None and self.refused == (P.tobytes(), A.tobytes()):
+            return None
+        if last is None or not last.matches(P, A):
+            last = shared.condense(self.reduction, P, A, None if last is None else last.arrangement)
             self.last = last
+            self.refused = (P.tobytes(), A.tobytes()) if last is None else None
         return last
 
     def lanes_symbolic(self) -> Any:
@@ -299,8 +303,8 @@ class _Call:
             condensed = self.analysis.condensed(self.data)
         if condensed is None and options.path == "shared":
             raise OptionError(
-                "path='shared' needs P and A common to the batch, and inequalities that are bounds after the "
-                "equalities are eliminated; leave path='auto'"
+                "path='shared' needs P and A common to the batch, and bounds only after the equalities are eliminated, "
+                "or a positive definite P; leave path='auto'"
             )
         return condensed
 
