@@ -17,6 +17,8 @@ from convexlearn.program.reduce import Arrays, BoxProgram, Pair, Reduction
 
 LARGEST = 400  # dense factorizations per sample beyond this size cost more than sparse ones
 LARGEST_ROWS = 20_000  # entries of C from which the interior point is faster
+DENSER = 6  # entries of C for each that is stored from which the interior point, which stays sparse, is faster
+SMALL = 100  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
 CONDITION = 1e10
 NOTHING = np.zeros((0, 0))
 
@@ -52,8 +54,17 @@ def condensable(box: BoxProgram) -> bool:
     size = box.n - box.A.shape[0]
     if not 0 < size <= LARGEST or not general(box):
         return 0 < size <= LARGEST
-    flat = box.n - np.count_nonzero(box.P.rows == box.P.cols)  # more such variables than equalities: H is singular
+    flat = box.n - int(np.count_nonzero(box.P.rows == box.P.cols))  # more such variables than equalities: H is singular
     return not len(box.absolute) and flat <= box.A.shape[0] and _rows(box) * size <= LARGEST_ROWS
+
+
+def worthwhile(box: BoxProgram) -> bool:
+    """Whether the condensed problem of a condensable one is expected to be solved faster than the sparse one."""
+    size = box.n - box.A.shape[0]
+    if not general(box):
+        return len(box.absolute) > 0 or size <= SMALL
+    stored = box.P.nnz + box.A.nnz + box.G.nnz + len(box.lower) + len(box.upper)
+    return size <= SMALL and _rows(box) * size <= DENSER * stored
 
 
 def general(box: BoxProgram) -> bool:

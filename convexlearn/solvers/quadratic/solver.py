@@ -43,7 +43,6 @@ from convexlearn.solvers.quadratic.paths import (
 
 PATHS = ("auto", "shared", "lanes", "sparse")
 CERTIFIED = 1e-11  # relative KKT residual from which a condensed solution stands
-SMALL = 100  # variables up to which dense active sets beat the sparse interior point; 1-norms always do
 CERTIFICATE_TOLERANCE = 1e-6
 LARGE = 50_000  # variables, rows and stored entries from which the sparse path spares the symbolic analysis
 LARGE_FACTOR = 250_000  # entries of L from which it is faster
@@ -176,6 +175,7 @@ class _Analysis:
     program: Program
     reduction: Reduction
     condensable: bool
+    worthwhile: bool
     lock: Any = field(default_factory=threading.Lock)
     symbolic: Any = None
     last: shared.Condensed | None = None
@@ -213,7 +213,9 @@ def _analysis(program: Program) -> _Analysis:
             found = _analyses.get(program)
             if found is None:
                 reduction = reduce(program)
-                found = _Analysis(program, reduction, shared.condensable(reduction.box))
+                found = _Analysis(
+                    program, reduction, shared.condensable(reduction.box), shared.worthwhile(reduction.box)
+                )
                 _analyses[program] = found
     return found
 
@@ -297,8 +299,7 @@ class _Call:
         """The condensed problem where that path applies; OptionError where it is asked for and does not."""
         options, condensed = self.options, None
         wanted = options.path in ("auto", "shared") and not options.smoothing and options.max_iterations is None
-        box = self.analysis.reduction.box
-        wanted = wanted and (options.path == "shared" or len(box.absolute) or box.n - box.A.shape[0] <= SMALL)
+        wanted = wanted and (options.path == "shared" or self.analysis.worthwhile)
         if wanted and self.analysis.condensable and len(self.data[0]) == 1 and len(self.data[2]) == 1:
             condensed = self.analysis.condensed(self.data)
         if condensed is None and options.path == "shared":
