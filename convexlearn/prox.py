@@ -29,7 +29,8 @@ def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """
     if v.is_complex():
         return _shorten(v, v.abs(), t)
-    return v - v.clamp(min=-torch.as_tensor(t, dtype=v.dtype), max=torch.as_tensor(t, dtype=v.dtype))
+    bound = torch.as_tensor(t, dtype=v.dtype if v.is_floating_point() else None)
+    return v - v.clamp(min=-bound, max=bound)
 
 
 def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
@@ -38,7 +39,7 @@ def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     >>> hard_threshold(torch.tensor([-3.0, 0.5, 2.0]), 0.5)
     tensor([-3.,  0.,  2.])
     """
-    return torch.where(v.abs().square() > 2 * torch.as_tensor(t), v, torch.zeros_like(v))
+    return torch.where(v.abs().square() <= 2 * torch.as_tensor(t), torch.zeros_like(v), v)
 
 
 def block_threshold(v: Tensor, t: Tensor | float) -> Tensor:
@@ -254,7 +255,7 @@ def _length(v: Tensor) -> Tensor:
 
 def _shorten(v: Tensor, length: Tensor, t: Tensor | float) -> Tensor:
     """v, shorter by t along itself, or zero."""
-    positive = length > 0
+    positive = ~(length <= 0)  # NaN stays NaN
     factor = (1 - t / torch.where(positive, length, torch.ones_like(length))).clamp(min=0)
     return torch.where(positive, v * factor, torch.zeros_like(v))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from convexlearn.prox import PROXIMABLE, hard_threshold, soft_threshold
+from convexlearn.prox import PROXIMABLE, block_threshold, hard_threshold, soft_threshold
 
 TIGHT = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
 
@@ -217,3 +217,11 @@ def test_hard_threshold_minimizes_the_l0_objective():
     kept = hard_threshold(v, t)
     cost = lambda z: t * (z != 0) + (z - v).square() / 2  # noqa: E731
     assert (cost(kept) <= torch.minimum(cost(v), cost(torch.zeros_like(v)))).all()
+
+
+def test_nan_stays_and_integers_meet_a_broken_threshold():
+    v = torch.tensor([[float("nan"), 3.0, 0.1]])
+    assert hard_threshold(v, 0.5).isnan().tolist() == [[True, False, False]]
+    assert soft_threshold(v, 0.5).isnan().tolist() == [[True, False, False]]
+    assert block_threshold(v, 0.5).isnan().all()
+    assert torch.equal(soft_threshold(torch.tensor([3, -1]), 0.5), torch.tensor([2.5, -0.5]))
