@@ -25,6 +25,9 @@ SHOWN = ("penalties, 10 $/MWh", "completed, penalties", "network, projected")
 FLOOR = 1e-14
 """Violations (MW) are drawn from here on."""
 
+LINE = 0.17
+"""Distance between two names, in decades of the gap."""
+
 
 def samples(result: Result, name: str) -> dict[str, np.ndarray]:
     """The measures of one rule on every test load, `(N,)` each."""
@@ -59,14 +62,32 @@ def tables(result: Result) -> dict[str, str]:
 def plot_gap_and_violation(result: Result) -> Any:
     """Mean gap against mean largest violation, one point per rule; returns the Axes."""
     ax = new_axes(size=(8.0, 5.0))
-    for record in result.records:
-        gap, excess = max(record.measure("gap").mean, 1e-5), max(record.measure("violation").mean, FLOOR)
-        inside = record.name in INSIDE
-        ax.scatter(excess, gap, color="C0" if inside else "C1", marker="o" if inside else "x")
-        ax.annotate(record.name, (excess, gap), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    for inside, marker in ((True, "o"), (False, "x")):
+        points = {
+            r.name: (max(r.measure("violation").mean, FLOOR), max(r.measure("gap").mean, 1e-5))
+            for r in result.records
+            if (r.name in INSIDE) == inside
+        }
+        ax.scatter(*zip(*points.values()), color="C0" if inside else "C1", marker=marker)
+        _label(ax, points)
     ax.set(xscale="log", yscale="log", xlabel="mean largest violation (MW)", ylabel="mean cost gap (%)")
-    ax.margins(x=0.25)
+    ax.margins(x=0.35, y=0.15)
     return ax
+
+
+def _label(ax: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names to the right of the rightmost point, by height, at least LINE apart, with a line to their point."""
+    right, below = max(x for x, _ in points.values()), -np.inf
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        below = max(np.log10(y), below + LINE)
+        ax.annotate(
+            name,
+            (x, y),
+            (4 * right, 10**below),
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.5", "shrinkB": 2, "relpos": (0, 0.5)},
+        )
 
 
 def plot_violations(result: Result) -> Any:
