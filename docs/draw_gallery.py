@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent / "gallery"
 FIGURES = {
     "admm-recovery": "parameters",
     "box-lqr": "efficiency",
+    "generative-prior": "digits",
     "kalman-smoother": "track",
     "linear-tracking": "errors",
     "lista-benchmark": "layers",
