@@ -104,16 +104,22 @@ def shared_fields(data):
 def instance(name, batch=5, seed=0, shared=()):
     """A compiled family and random data; parameters batched but for those whose names are in `shared`."""
     problem, parameters = FAMILIES[name]()
-    compiled = compile_problem(Declaration.of(problem, parameters, problem.variables()))
     rng = np.random.default_rng(seed)
     values = []
     for p in parameters:
         value = rng.standard_normal((batch, *p.shape)) * (0.7 if len(p.shape) == 2 else 1.0)
         value = torch.tensor(np.abs(value) + 0.1 if p.is_nonneg() else value).reshape(batch, -1)
         values.append(value[:1].expand(batch, -1) if p.name() in shared else value)
+    program, data = filled(problem, parameters, values, batch)
+    return program, shared_fields(data) if shared else data
+
+
+def filled(problem, parameters, values, batch):
+    """A compiled problem and its data for values (batch, size) of the parameters, all of them expanded."""
+    compiled = compile_problem(Declaration.of(problem, parameters, problem.variables()))
     widths = tuple(v.shape[1] for v in values)
     data = DataMap(compiled, widths, (True,) * len(values))(torch.ones(1, 1).double(), torch.cat(values, 1), batch)
-    return compiled.program, shared_fields(data.expanded()) if shared else data.expanded()
+    return compiled.program, data.expanded()
 
 
 def arrays(data):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from quadratic_cases import arrays, instance, program_of
+from quadratic_cases import arrays, filled, instance, lasso, program_of, shared_fields
 
 from convexlearn.program.program import ProgramData, Status
 from convexlearn.program.reduce import reduce
@@ -114,6 +114,38 @@ def test_box_qps_that_are_hard_for_active_sets(n, rank, seed):
     assert (solution.status == Status.SOLVED).all()
     assert polyhedral_residual(program, data, solution.x, solution.z).max() < 1e-9
     assert (solution.x >= torch.tensor(low) - 1e-8).all()
+
+
+def lasso_data(rows, cols, rho, batch=256):
+    """Noise seen through a Gaussian matrix with more columns than rows, as a program and its data."""
+    rng = np.random.default_rng(0)
+    H = rng.standard_normal((rows, cols)) / np.sqrt(rows)
+    values = np.tile(H.ravel("F"), (batch, 1)), np.full((batch, 1), rho), rng.standard_normal((batch, rows))
+    program, data = filled(*lasso(rows, cols), [torch.tensor(v) for v in values], batch)
+    return program, shared_fields(data)
+
+
+@pytest.mark.parametrize(("rows", "cols", "rho"), [(16, 32, 0.01), (10, 60, 1e-3), (30, 31, 0.01), (5, 50, 0.1)])
+def test_wide_lassos_settle_without_the_interior_point(rows, cols, rho):
+    """More columns than rows, a small weight: coordinate descent keeps more entries than the Gram matrix has rank."""
+    program, data = lasso_data(rows, cols, rho)
+    condensed = shared.condense(reduce(program), *(arrays(data)[i] for i in (0, 2)))
+    settled = shared.solve(condensed, arrays(data), data.batch)
+    assert (settled.residual > 1e-11).mean() <= 0.02
+    ours, other = both(program, data)
+    torch.testing.assert_close(ours.x, other.x, rtol=1e-9, atol=1e-9)
+
+
+def test_wide_least_squares_in_a_box_settle_without_the_interior_point():
+    rng = np.random.default_rng(1)
+    F, q = rng.standard_normal((10, 60)), rng.standard_normal((256, 60))
+    program, data = box_qp(F.T @ F, q, -np.ones((256, 60)), np.ones((256, 60)))
+    condensed = shared.condense(reduce(program), *(arrays(data)[i] for i in (0, 2)))
+    settled = shared.solve(condensed, arrays(data), data.batch)
+    assert (settled.residual > 1e-11).mean() <= 0.02
+    x, z = torch.as_tensor(settled.x), torch.as_tensor(settled.z)
+    good = torch.as_tensor(settled.residual <= 1e-11)
+    assert polyhedral_residual(program, data, x, z)[good].max() < 1e-12
 
 
 def test_samples_that_do_not_settle_are_mended_by_the_interior_point():

@@ -10,7 +10,7 @@ import numpy as np
 from convexlearn.program.compiled import helper
 from convexlearn.program.lane_kernels import axpy
 from convexlearn.program.reduction_kernels import part
-from convexlearn.solvers.quadratic.small_dense_kernels import add_product, factor, substitute
+from convexlearn.solvers.quadratic.small_dense_kernels import add_product, factor, null_vector, substitute
 
 FREE, UPPER, LOWER, ZERO, PLUS, MINUS = 0, 1, -1, 2, 3, -3
 TOLERANCE = 1e-11
@@ -29,7 +29,7 @@ def is_free(state):
 def prepare(H, S, states, M, index):
     """Factor the free block of H, or, where fewer variables are pinned, the pinned block of S = H^-1.
 
-    Returns (number of indices, whether S is used, whether the factorization succeeded).
+    Returns (number of indices, whether S is used, the factorization's positive pivots: all of them, or it failed).
     """
     n, free = len(states), 0
     for i in range(n):
@@ -160,8 +160,8 @@ def primal_dual(H, S, g, bounds, states, u, rho, M, index, work, more, tolerance
     for step in range(PRIMAL_DUAL_STEPS):
         set_pinned(states, lower, upper, pinned)
         slopes(states, g, w, total)
-        k, inverse, positive = prepare(H, S, states, M, index)
-        if not positive:
+        k, inverse, pivots = prepare(H, S, states, M, index)
+        if pivots < k:
             return -1
         apply(H, S, M, index, k, inverse, total, pinned, u, rho, work)
         count = correct(states, u, rho, lower, upper, w, tolerance, stalled > 3)
@@ -236,11 +236,13 @@ def descend(H, g, bounds, absolute, states, u, rho, M, index, work, more, tolera
             if turn % 3 == 2 and changes == 0:
                 break
         read_states(point, r, bounds, absolute, states)
+        k, inverse, pivots = prepare(H, none, states, M, index)
+        while pivots < k and shed(H, bounds, states, M, index, pivots, point, r, work):
+            k, inverse, pivots = prepare(H, none, states, M, index)
+        if pivots < k:
+            continue
         set_pinned(states, lower, upper, pinned)
         slopes(states, g, w, total)
-        k, inverse, positive = prepare(H, none, states, M, index)
-        if not positive:
-            continue
         apply(H, none, M, index, k, inverse, total, pinned, u, rho, work)
         before = states.copy()
         if correct(states, u, rho, lower, upper, w, tolerance, False) == 0:
@@ -252,6 +254,37 @@ def descend(H, g, bounds, absolute, states, u, rho, M, index, work, more, tolera
             r[i] = g[i]
         add_product(H, point, r)
     return -1
+
+
+@helper
+def shed(H, bounds, states, M, index, p, point, r, d):
+    """Pin one free variable where the free block is singular; False where none is in the way.
+
+    Along the null direction that pivot p shows the objective is linear: `point` and r = Hu + g follow it downhill to
+    the first bound, or zero in a 1-norm.
+    """
+    null_vector(M, p, d)
+    slope, length, first, target = 0.0, np.inf, -1, 0
+    for a in range(p + 1):
+        i = index[a]
+        slope += d[a] * (r[i] + (bounds[2, i] if states[i] == PLUS else -bounds[2, i] if states[i] == MINUS else 0.0))
+    sign = -1.0 if slope > 0.0 else 1.0
+    for a in range(p + 1):
+        i, along = index[a], sign * d[a]
+        wall, state = (bounds[1, i], UPPER) if along > 0.0 else (bounds[0, i], LOWER)
+        if states[i] != FREE:
+            wall, state = (0.0, ZERO) if (states[i] == MINUS) == (along > 0.0) else (np.inf, ZERO)
+        if along != 0.0 and abs(wall) < np.inf and (wall - point[i]) / along < length:
+            length, first, target = max((wall - point[i]) / along, 0.0), i, state
+    if first < 0:
+        return False
+    for a in range(p + 1):
+        i = index[a]
+        point[i] += sign * length * d[a]
+        axpy(r, 0, sign * length * d[a], H, i * len(r), len(r))
+    point[first] = bounds[1, first] if target == UPPER else bounds[0, first] if target == LOWER else 0.0
+    states[first] = target
+    return True
 
 
 @helper
@@ -357,8 +390,8 @@ def fixed_sample(H, S, g, pinned, states, k, u, rho):
         gk[:] = g[:, j]
         for i in range(n):
             pk[i] = 0.0 if is_free(states[k + j, i]) else pinned[i, j]
-        count, inverse, positive = prepare(H, S, states[k + j], M, order)
-        if not positive:  # only where the sample was not solved
+        count, inverse, pivots = prepare(H, S, states[k + j], M, order)
+        if pivots < count:  # only where the sample was not solved
             continue
         apply(H, S, M, order, count, inverse, gk, pk, uk, rk, work)
         refine(H, S, M, order, count, inverse, gk, states[k + j], uk, rk, work, more)

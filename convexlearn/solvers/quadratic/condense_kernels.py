@@ -74,7 +74,7 @@ def invert(M, out, limit):
 def invert_positive(H, out, limit):
     """out = H^-1 of a symmetric H; False where it is not positive definite or its condition exceeds limit."""
     n, M, column = len(H), H.copy(), np.empty(len(H))
-    if not factor(M, n):
+    if factor(M, n) < n:
         return False
     for c in range(n):
         column[:] = 0.0

@@ -27,7 +27,7 @@ NOTHING = np.zeros((0, 0))
 class Condensed:
     """One dense QP for the batch in variables u = x[arrangement.inner] of the reduced program.
 
-    values: bytes of the P and A it was made from. dense: matrices as shared_kernels reads them.
+    values: bytes of the P and A it was made from. dense, general: matrices as shared_kernels reads them.
     lengths: of packed vectors and of packed solutions.
     """
 
@@ -35,12 +35,13 @@ class Condensed:
     arrangement: "Arrangement"
     values: tuple[bytes, bytes]
     dense: np.ndarray
+    general: np.ndarray | None
     lengths: tuple[int, int]
 
     @property
-    def constants(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def constants(self) -> tuple[np.ndarray | None, ...]:
         """What shared_kernels reads first."""
-        return self.reduction.plan, self.reduction.coef, self.arrangement.index, self.dense
+        return self.reduction.plan, self.reduction.coef, self.arrangement.index, self.dense, self.general
 
     def matches(self, P: np.ndarray, A: np.ndarray) -> bool:
         """Whether these are the matrices that were condensed, bit by bit."""
@@ -138,12 +139,11 @@ def condense(
     P_box, A_box, G_box = reduction.matrices(P, A)
     own = arrange(box, A_box[0]) if arrangement is None else arrangement
     dense = None if own is None else _condensed_matrices(box, own, P_box, A_box)
-    if dense is not None and own is not None and own.rows:
-        dense = _with_rows(box, own, A_box[0], G_box[0], dense)
-    if dense is None or own is None:
+    general = _general_rows(box, own, A_box[0], G_box[0], dense) if own and own.rows and dense is not None else None
+    if own is None or dense is None or (own.rows and general is None):
         return None if arrangement is None else condense(reduction, P, A)
     lengths = (reduction.ends[-1], reduction.dual_ends[-1])
-    return Condensed(reduction, own, (P.tobytes(), A.tobytes()), dense, lengths)
+    return Condensed(reduction, own, (P.tobytes(), A.tobytes()), dense, general, lengths)
 
 
 def _condensed_matrices(box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.ndarray) -> np.ndarray | None:
@@ -159,8 +159,10 @@ def _condensed_matrices(box: BoxProgram, own: Arrangement, P: np.ndarray, A: np.
     return dense[: len(dense) - n * n] if wanted and found == 1 else dense
 
 
-def _with_rows(box: BoxProgram, own: Arrangement, A: np.ndarray, G: np.ndarray, dense: np.ndarray) -> np.ndarray | None:
-    """`dense` and the general inequalities, or None where H has no inverse."""
+def _general_rows(
+    box: BoxProgram, own: Arrangement, A: np.ndarray, G: np.ndarray, dense: np.ndarray
+) -> np.ndarray | None:
+    """The general inequalities as shared_kernels reads them, or None where H has no inverse."""
     from convexlearn.solvers.quadratic.condense_kernels import condense_rows
 
     n, equal = len(own.inner), box.A.shape[0]
@@ -176,7 +178,7 @@ def _with_rows(box: BoxProgram, own: Arrangement, A: np.ndarray, G: np.ndarray, 
     Kb, Ku = np.split(dense[n * n : n * n + equal * (equal + n)], [equal * equal])
     out = np.empty(own.rows * (3 * n + 2 * equal + 1) + equality.size)
     condense_rows(E, equality, Kb.reshape(equal, equal), Ku.reshape(equal, n), dense[before:].reshape(n, n), out)
-    return np.concatenate([dense, out])
+    return out
 
 
 @dataclass(frozen=True, eq=False)

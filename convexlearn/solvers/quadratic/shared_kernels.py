@@ -1,8 +1,9 @@
 """Compiled passes of the condensed path: forward and backward of up to WIDTH samples in one call each.
 
-`dense` holds the matrices [H, Kb, Ku, mixed, P_basic, H^-1 or nothing] and, where there are inequalities beside
-boxes, [C, C', T, offset, basic, norm, equality] of polyhedral_kernels.Rows, back to back; `index` the lists (header as
-in reduction_kernels) inner, basic, lower, upper, absolute. Columns of P_basic are in the order inner, basic.
+`dense` holds the matrices [H, Kb, Ku, mixed, P_basic, H^-1 or nothing] back to back, `general` those of
+polyhedral_kernels.Rows, [C, C', T, offset, basic, norm, equality], or None where all inequalities are boxes: numba then
+compiles nothing of that method. `index` holds the lists (header as in reduction_kernels) inner, basic, lower, upper,
+absolute. Columns of P_basic are in the order inner, basic.
 """
 
 import numpy as np
@@ -31,7 +32,7 @@ INNER, BASIC, LOWER_AT, UPPER_AT, ABSOLUTE_AT = range(5)
 
 @helper
 def matrices(index, dense):
-    """H, its inverse (or nothing), Kb, Ku, mixed, P_basic, and the general inequalities, none or all."""
+    """H, its inverse (or nothing), Kb, Ku, mixed and P_basic."""
     n, rows = len(part(index, INNER)), len(part(index, BASIC))
     H, at = dense[: n * n].reshape(n, n), n * n
     Kb = dense[at : at + rows * rows].reshape(rows, rows)
@@ -43,27 +44,22 @@ def matrices(index, dense):
     P_basic = dense[at : at + rows * (n + rows)].reshape(rows, n + rows)
     at += rows * (n + rows)
     inverse = n if at < len(dense) else 0
-    S = dense[at : at + inverse * n].reshape(inverse, n)
-    return H, S, Kb, Ku, mixed, P_basic, general_rows(H, S, rows, dense[at + inverse * n :])
+    return H, dense[at:].reshape(inverse, n), Kb, Ku, mixed, P_basic
 
 
 @helper
-def general_rows(H, S, equalities, dense):
-    """The inequalities that `dense` holds."""
+def general_rows(H, S, equalities, general):
+    """The inequalities that `general` holds."""
     n = len(H)
-    size = equalities * (n + equalities)
-    m = max(len(dense) - size, 0) // (3 * n + 2 * equalities + 1)
-    C, across, T = dense[: m * n], dense[m * n : 2 * m * n], dense[2 * m * n : 3 * m * n]
-    offset, rest = dense[3 * m * n : m * (3 * n + equalities)], dense[m * (3 * n + equalities) :]
+    m = (len(general) - equalities * (n + equalities)) // (3 * n + 2 * equalities + 1)
+    C, across, T = general[: m * n], general[m * n : 2 * m * n], general[2 * m * n : 3 * m * n]
+    offset, rest = general[3 * m * n : m * (3 * n + equalities)], general[m * (3 * n + equalities) :]
     basic, norm, equality = (
         rest[: m * equalities],
         rest[m * equalities : m * equalities + m],
         rest[m * equalities + m :],
     )
-    sides, shape = (
-        (offset.reshape(m, equalities), basic.reshape(m, equalities)),
-        (equalities if m > 0 else 0, n + equalities),
-    )
+    sides, shape = (offset.reshape(m, equalities), basic.reshape(m, equalities)), (equalities, n + equalities)
     return Rows(H, S, C.reshape(m, n), across.reshape(n, m), T.reshape(m, n), *sides, norm, equality.reshape(shape))
 
 
@@ -108,7 +104,7 @@ def right_sides(index, rows, v):
 
 @helper
 def recover(index, Kb, Ku, P_basic, rows, v, u, prices, s):
-    """Fill rows [x, y] of s: x_B = Kb b + Ku u and y = -Kb'(P_B x + q_B + what general inequalities contribute)."""
+    """Fill rows [x, y] of s: x_B = Kb b + Ku u and y = -Kb'(P_B x + q_B + what `rows`, if any, contribute)."""
     inner, basic = part(index, INNER), part(index, BASIC)
     n, equal = len(inner) + len(basic), len(basic)
     s[: n + equal] = 0.0
@@ -119,15 +115,16 @@ def recover(index, Kb, Ku, P_basic, rows, v, u, prices, s):
         multiply_dense(Kb, 1.0, v, sides, s, basic)
         multiply_dense(Ku, 1.0, u, np.arange(len(inner)).astype(np.int32), s, basic)
         price = np.empty((equal, v.shape[1]))
-        if len(prices) > 0:
+        if rows is not None:
             gather(sides, v, price, 0)
             multiply_dense(rows.equality, -1.0, s, every, price, own)
             multiply_dense(Kb, 1.0, price, own, s, basic)
         gather(basic, v, price, 0)
         multiply_dense(P_basic, 1.0, s, every, price, own)
-        multiply_dense(rows.basic.T, 1.0, prices, np.arange(len(prices)).astype(np.int32), price, own)
+        if rows is not None:
+            multiply_dense(rows.basic.T, 1.0, prices, np.arange(len(prices)).astype(np.int32), price, own)
         multiply_dense(Kb.T, -1.0, price, own, s, sides)
-        if len(prices) > 0:
+        if rows is not None:
             multiply_dense(rows.equality[:, len(inner) :].T, 1.0, s, sides, price, own)
             multiply_dense(Kb.T, -1.0, price, own, s, sides)
 
@@ -179,7 +176,9 @@ def pin(index, v, states, k, pinned):
 
 
 @entry
-def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, residual, states, steps, first, last):
+def forward(
+    plan, coef, index, dense, general, P, q, A, b, zero, lengths, begin, x, z, residual, states, steps, first, last
+):
     """Solve samples first:last: x, z, residual on the original program, states and steps (-1: not settled).
 
     Returns the largest residual, infinite where a sample did not settle.
@@ -187,7 +186,8 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
     lengths: rows of the packed vectors and of the packed solution. begin: (0 or B, size) starts. states: (B, size), or
     (B, inequalities) where these are general.
     """
-    H, S, Kb, Ku, mixed, P_basic, rows = matrices(index, dense)
+    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    rows = None if general is None else general_rows(H, S, len(Kb), general)
     n, worst = len(H), 0.0
     no_sign = np.zeros((0, 0))
     k = first
@@ -199,13 +199,13 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
         v, s = np.empty((lengths[0], width)), np.empty((lengths[1], width))
         restrict_block(plan, coef, P, A, k, bq.copy(), bb.copy(), v)
         g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
-        prices = np.zeros((len(rows.C), width))
-        if len(prices) > 0:
+        prices = np.zeros((0 if general is None else len(rows.C), width))
+        if general is not None:
             solve_rows(rows, g, right_sides(index, rows, v), begin, k, u, prices, states, steps)
         else:
             solve_sample(H, S, g, v, index, begin, k, u, rho, states, steps)
         recover(index, Kb, Ku, P_basic, rows, v, u, prices, s)
-        if len(prices) > 0:
+        if general is not None:
             s[len(s) - len(prices) :] = prices
         else:
             multipliers(index, rho, s)
@@ -226,14 +226,15 @@ def forward(plan, coef, index, dense, P, q, A, b, zero, lengths, begin, x, z, re
 
 @entry
 def backward(
-    plan, coef, index, dense, P, A, lengths, absolute, dx, dz, x, z, states, sign, vx, vz, gP, gA,
+    plan, coef, index, dense, general, P, A, lengths, absolute, dx, dz, x, z, states, sign, vx, vz, gP, gA,
     residual, block_P, block_A, first, last,
 ):  # fmt: skip
     """The adjoint of samples first:last as (-vx, vz), its residuals, and the gradients of P and A (gradient_block).
 
     absolute: the reduced program's variables in 1-norms, sign (B, 1-norms) their signs.
     """
-    H, S, Kb, Ku, mixed, P_basic, rows = matrices(index, dense)
+    H, S, Kb, Ku, mixed, P_basic = matrices(index, dense)
+    rows = None if general is None else general_rows(H, S, len(Kb), general)
     n, pairs = len(H), len(absolute)
     k = first
     while k < last:
@@ -247,15 +248,15 @@ def backward(
             for j in range(width):
                 v[absolute[i], j] += sign[k + j, i] * v[len(v) - 3 * pairs + i, j]
         g, u, rho = gradient(index, Ku, mixed, v), np.zeros((n, width)), np.zeros((n, width))
-        prices = np.zeros((len(rows.C), width))
-        if len(prices) > 0:
+        prices = np.zeros((0 if general is None else len(rows.C), width))
+        if general is not None:
             fixed_rows(rows, g, right_sides(index, rows, v), states, k, u, prices)
         else:
             pinned = np.zeros((n, width))
             pin(index, v, states, k, pinned)
             fixed_sample(H, S, g, pinned, states, k, u, rho)
         recover(index, Kb, Ku, P_basic, rows, v, u, prices, s)
-        if len(prices) > 0:
+        if general is not None:
             s[len(s) - len(prices) :] = prices
         else:
             adjoint_multipliers(index, rho, states, k, s)

@@ -8,19 +8,19 @@ SINGULAR = 1e-13
 
 @helper
 def factor(M, k):
-    """LDL' of the upper triangle of M[:k, :k] in place, row by row; False where a pivot is not positive."""
+    """LDL' of the upper triangle of M[:k, :k] in place, row by row; returns how many pivots in turn are positive."""
     largest = 0.0
     for j in range(k):
         largest = max(largest, M[j, j])
     for j in range(k):
         pivot = M[j, j]
         if not pivot > SINGULAR * largest:
-            return False
+            return j
         for i in range(j + 1, k):
             ratio = M[j, i] / pivot
             if ratio != 0.0:
                 axpy(M, i * M.shape[1] + i, -ratio, M, j * M.shape[1] + i, k - i)
-    return True
+    return k
 
 
 @summing
@@ -33,6 +33,17 @@ def substitute(M, k, v):
         for i in range(j + 1, k):
             total += M[j, i] * v[i]
         v[j] = (v[j] - total) / M[j, j]
+
+
+@helper
+def null_vector(M, p, d):
+    """d[: p + 1] with M d = 0 for the leading block of a matrix whose factorization stopped at pivot p; d[p] = 1."""
+    d[p] = 1.0
+    for j in range(p - 1, -1, -1):
+        total = M[j, p]
+        for i in range(j + 1, p):
+            total += M[j, i] * d[i]
+        d[j] = -total / M[j, j]
 
 
 @helper
