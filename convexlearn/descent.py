@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from convexlearn import checkpoint as checkpoints
 from convexlearn import distributed
-from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
+from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError, ZeroGradientWarning
 from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
 from convexlearn.history import History
 from convexlearn.objectives import Objective, judge, maximizes
 from convexlearn.optimizers import ProximalGradient
 from convexlearn.randomness import isolated, make_generator
+from convexlearn.rules.parameters import Role, role_of
 from convexlearn.simulate.base import FiniteSimulator, Trajectory, simulate
 
 BATCH_SIZE = 64
@@ -66,6 +67,7 @@ class Descent:
     step: int = 0
     stale: int = 0
     warned: bool = False
+    idle: set[str] = field(default_factory=set)  # parameters without a gradient in the first step
     best: dict[str, Tensor] | None = None
     good: dict[str, Tensor] | None = None  # weights with finite loss and gradient
     current: dict[str, Tensor] | None = None  # weights after the last complete step
@@ -183,6 +185,8 @@ class Descent:
         if not math.isfinite(norm):
             culprit = next((n for n, g in gradients.items() if not bool(torch.isfinite(g).all())), "(overflow)")
             raise _NotFinite(f"the gradient of parameter '{culprit}' became NaN or infinite")
+        if not records and self.step < 2:
+            self.check_influence({name for name in self.names if name not in gradients or not gradients[name].any()})
         if self.clip is not None and norm > self.clip:
             for gradient in gradients.values():
                 gradient.mul_(self.clip / norm)
@@ -190,6 +194,27 @@ class Descent:
         records.append(record)
         self.settled = False  # the optimizer moves on
         return loss.detach() if distributed.size() == 1 else loss.detach().new_tensor(value)
+
+    def check_influence(self, idle: set[str]) -> None:
+        """Warn where nothing has a gradient in the first step, or declared parameters have none in the second either.
+
+        One step without gradient is usual behind a weight that starts at zero, and several are in a deep network.
+        """
+        role = role_of(self.rule)
+        stuck = {name for name in idle & self.idle if role(self.names[name]) is not Role.NETWORK}
+        self.idle = idle if self.step == 0 else set()
+        if self.step == 0 and len(idle) == len(self.names):
+            stuck, self.idle = idle, set()
+        if stuck and distributed.first():
+            names = ", ".join(name for name in self.names if name in stuck)
+            warnings.warn(
+                f"tune, step {self.step}: the gradient of {names} is exactly zero, so the objective does not depend on "
+                f"{'it' if len(stuck) == 1 else 'them'} here: a constraint that is inactive in all samples, decisions "
+                "that are all at their bounds, a detach on the way, or a loss that is least already; start where there "
+                "is an influence, smooth the decisions (solver_args={'smoothing': 1e-2}), or freeze what shall stay",
+                ZeroGradientWarning,
+                stacklevel=4,
+            )
 
     def loss(self) -> tuple[Tensor, int]:
         """This process's share of the average objective over the step's samples that did not fail; how many did."""
