@@ -18,7 +18,7 @@ from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, Solv
 from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
 from convexlearn.history import History
-from convexlearn.objectives import Objective, judge, maximizes
+from convexlearn.objectives import Objective, blame, judge, maximizes
 from convexlearn.optimizers import ProximalGradient
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.parameters import Role, role_of
@@ -67,6 +67,7 @@ class Descent:
     step: int = 0
     stale: int = 0
     warned: bool = False
+    culprit: str = ""  # what made the last loss no number, where it is known
     idle: set[str] = field(default_factory=set)  # parameters without a gradient in the first step
     best: dict[str, Tensor] | None = None
     good: dict[str, Tensor] | None = None  # weights with finite loss and gradient
@@ -171,7 +172,7 @@ class Descent:
             value, differentiable = self.total(loss), any(distributed.gather(lambda: loss.requires_grad))
             if not math.isfinite(value):
                 self.check_parameters()
-                raise _NotFinite(f"the loss became {value} while tuning {', '.join(self.names)}")
+                raise _NotFinite(f"the loss became {value} while tuning {', '.join(self.names)}{self.culprit}")
             if not differentiable:
                 trained = ", ".join(self.names)
                 raise OptionError(
@@ -220,18 +221,20 @@ class Descent:
         """This process's share of the average objective over the step's samples that did not fail; how many did."""
         values: list[Tensor] = []
 
-        def simulate() -> tuple[int, list[int], list[str], bool]:
+        def simulate() -> tuple[int, list[int], list[str], bool, str]:
             with collect_failures() as reported:
                 trajectory, labels = self.sampler(self.rule, self.step)
             if trajectory is None:
-                return 0, [], [], False
-            failed = trajectory.failed.cpu()
+                return 0, [], [], False, ""
+            failed, culprit = trajectory.failed.cpu(), ""
             if not bool(failed.all()):
                 sound = trajectory.select(~trajectory.failed) if bool(failed.any()) else trajectory
                 values.append(judge(self.objective, sound))
-            return len(failed), labels[failed].tolist(), explanations(trajectory, labels), bool(reported.masks)
+                culprit = blame(self.objective, sound, values[0], labels[~failed].tolist())
+            return len(failed), labels[failed].tolist(), explanations(trajectory, labels), bool(reported.masks), culprit
 
         shares = distributed.gather(simulate)
+        self.culprit = next((f": {s[4]}" for s in shares if s[4]), "")
         total, lost = sum(s[0] for s in shares), [label for s in shares for label in s[1]]
         if lost:
             if len(lost) == total and not any(s[3] for s in shares):  # no solver is to blame

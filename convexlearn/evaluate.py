@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convexlearn import distributed
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError, listed
 from convexlearn.failures import collect_failures
-from convexlearn.objectives import Objective, check_objective, judge
+from convexlearn.objectives import Objective, blame, check_objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
 from convexlearn.simulate.base import FiniteSimulator, Trajectory, check_simulator, simulate
@@ -149,16 +149,20 @@ def evaluate(
     failed: list[Tensor] = []
     named: list[int] = []
     reasons: list[str] = []
+    odd: list[str] = []
     with torch.no_grad(), _eval_mode(timed), isolated(seed, "evaluate", devices=devices_of(timed)):
         for run in _simulations(timed, simulator, samples, batch_size, seed):
-            for rows, lost, names, causes in distributed.gather(lambda run=run: _judged(*run(), objectives)):
+            for rows, lost, names, causes, culprits in distributed.gather(lambda run=run: _judged(*run(), objectives)):
                 for name, row in rows.items():
                     values[name].append(row)
                 failed.append(lost)
                 named += names
                 reasons += causes
+                odd += culprits
     positions = torch.nonzero(torch.cat(failed)).flatten().tolist() if failed else []
     report_failures(named, sum(map(len, failed)), "evaluate", reasons, warn=distributed.first())
+    if odd and distributed.first():
+        warnings.warn(f"evaluate: {odd[0]}", FailureWarning, stacklevel=2)
     spent = distributed.gather(lambda: (timed.seconds, timed.decisions))
     decisions = sum(count for _, count in spent)
     seconds = sum(spell for spell, _ in spent) / decisions if decisions else math.nan
@@ -170,16 +174,17 @@ def evaluate(
 
 
 def _judged(trajectory: Trajectory | None, labels: Tensor, objectives: Mapping[str, Objective]) -> tuple[Any, ...]:
-    """Values by objective, NaN for failed samples; which failed, their numbers, and why."""
+    """Values by objective, NaN for failed samples; which failed, their numbers, and why; what else is no number."""
     if trajectory is None:
-        return {}, torch.zeros(0, dtype=torch.bool), [], []
-    lost, rows = trajectory.failed.cpu(), {}
+        return {}, torch.zeros(0, dtype=torch.bool), [], [], []
+    lost, rows, odd = trajectory.failed.cpu(), {}, []
     kept = trajectory.select(~trajectory.failed) if bool(lost.any()) else trajectory
     for name, function in objectives.items():
         row = judge(function, kept).cpu()
+        odd.append(blame(function, kept, row, labels[~lost].tolist()))
         row = row if row.is_floating_point() else row.double()
         rows[name] = row.new_full((len(lost),), math.nan).masked_scatter(~lost, row)
-    return rows, lost, labels[lost].tolist(), explanations(trajectory, labels)
+    return rows, lost, labels[lost].tolist(), explanations(trajectory, labels), list(filter(None, odd))
 
 
 def explanations(trajectory: Trajectory, labels: Tensor) -> list[str]:

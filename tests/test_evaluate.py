@@ -8,7 +8,7 @@ from torch import nn
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError
 from convexlearn.evaluate import FEW, SAMPLES, Evaluation, evaluate
 from convexlearn.failures import collect_failures, collector
-from convexlearn.objectives import cost, squared_error
+from convexlearn.objectives import cost, known_squared_error, squared_error
 from convexlearn.rules.base import DecisionRule
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs
@@ -192,3 +192,20 @@ def test_what_is_no_simulator_or_objective():
         evaluate(nn.Identity(), (torch.ones(3, 2), torch.ones(3, 2)), squared_error)
     with pytest.raises(OptionError, match="function of a Trajectory alone"):
         evaluate(nn.Identity(), PAIRS, {"mse": nn.functional.mse_loss})
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_targets_that_are_no_numbers_are_named(batch_size):
+    target = (0 * X).index_fill(0, torch.tensor([2, 5]), torch.nan)
+    with pytest.warns(FailureWarning, match=r"'squared_error' is no number for samples 2.*whose target holds NaN"):
+        result = evaluate(nn.Identity(), Pairs(X, target), squared_error, batch_size=batch_size)
+    assert result.values.isnan().nonzero().flatten().tolist() == [2, 5]
+    assert evaluate(nn.Identity(), Pairs(X, target), known_squared_error).values.tolist() == [0, 1, 0, 9, 16, 0]
+
+
+def test_an_objective_that_is_no_number_without_cause_in_the_data():
+    def logarithm(trajectory):
+        return (trajectory.decision[:, 0] - 2.5).log()
+
+    with pytest.warns(FailureWarning, match="'logarithm' is NaN for samples 0, 1, 2, although their target"):
+        evaluate(nn.Identity(), PAIRS, logarithm)

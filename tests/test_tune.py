@@ -535,3 +535,17 @@ def test_a_constraint_that_binds_nowhere_has_no_gradient():
     (message,) = zero_gradients(rule, 3)
     assert "gradient of cap is exactly zero" in message
     assert zero_gradients(rule.freeze("cap"), 3) == []
+
+
+@pytest.mark.parametrize("batch_size", [None, 6])
+def test_targets_that_are_no_numbers_are_named(batch_size):
+    target = S.clone()
+    target[17, 1] = torch.inf
+    rule, options = affine(), {"steps": 4, "batch_size": batch_size, "progress": False}
+    told = "the loss became inf while tuning W, b: objective 'squared_error' is no number for samples 17, whose target"
+    with contextlib.ExitStack() as stack:
+        expected = pytest.raises(NonFiniteError, match=told) if batch_size is None else contextlib.nullcontext()
+        stack.enter_context(expected)
+        if batch_size is not None:
+            stack.enter_context(pytest.warns(NonFiniteWarning, match=told))
+        tune(rule, Pairs(X, target), squared_error, **options)
