@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from convexlearn import checkpoint as checkpoints
 from convexlearn import distributed
-from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
+from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError, ZeroGradientWarning
 from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
 from convexlearn.history import History
-from convexlearn.objectives import Objective, judge, maximizes
+from convexlearn.objectives import Objective, blame, judge, maximizes
 from convexlearn.optimizers import ProximalGradient
 from convexlearn.randomness import isolated, make_generator
+from convexlearn.rules.parameters import Role, role_of
 from convexlearn.simulate.base import FiniteSimulator, Trajectory, simulate
 
 BATCH_SIZE = 64
@@ -66,6 +67,8 @@ class Descent:
     step: int = 0
     stale: int = 0
     warned: bool = False
+    culprit: str = ""  # what made the last loss no number, where it is known
+    idle: set[str] = field(default_factory=set)  # parameters without a gradient in the first step
     best: dict[str, Tensor] | None = None
     good: dict[str, Tensor] | None = None  # weights with finite loss and gradient
     current: dict[str, Tensor] | None = None  # weights after the last complete step
@@ -169,7 +172,7 @@ class Descent:
             value, differentiable = self.total(loss), any(distributed.gather(lambda: loss.requires_grad))
             if not math.isfinite(value):
                 self.check_parameters()
-                raise _NotFinite(f"the loss became {value} while tuning {', '.join(self.names)}")
+                raise _NotFinite(f"the loss became {value} while tuning {', '.join(self.names)}{self.culprit}")
             if not differentiable:
                 trained = ", ".join(self.names)
                 raise OptionError(
@@ -183,6 +186,8 @@ class Descent:
         if not math.isfinite(norm):
             culprit = next((n for n, g in gradients.items() if not bool(torch.isfinite(g).all())), "(overflow)")
             raise _NotFinite(f"the gradient of parameter '{culprit}' became NaN or infinite")
+        if not records and self.step < 2:
+            self.check_influence({name for name in self.names if name not in gradients or not gradients[name].any()})
         if self.clip is not None and norm > self.clip:
             for gradient in gradients.values():
                 gradient.mul_(self.clip / norm)
@@ -191,22 +196,45 @@ class Descent:
         self.settled = False  # the optimizer moves on
         return loss.detach() if distributed.size() == 1 else loss.detach().new_tensor(value)
 
+    def check_influence(self, idle: set[str]) -> None:
+        """Warn where nothing has a gradient in the first step, or declared parameters have none in the second either.
+
+        One step without gradient is usual behind a weight that starts at zero, and several are in a deep network.
+        """
+        role = role_of(self.rule)
+        stuck = {name for name in idle & self.idle if role(self.names[name]) is not Role.NETWORK}
+        self.idle = idle if self.step == 0 else set()
+        if self.step == 0 and len(idle) == len(self.names):
+            stuck, self.idle = idle, set()
+        if stuck and distributed.first():
+            names = ", ".join(name for name in self.names if name in stuck)
+            warnings.warn(
+                f"tune, step {self.step}: the gradient of {names} is exactly zero, so the objective does not depend on "
+                f"{'it' if len(stuck) == 1 else 'them'} here: a constraint that is inactive in all samples, decisions "
+                "that are all at their bounds, a detach on the way, or a loss that is least already; start where there "
+                "is an influence, smooth the decisions (solver_args={'smoothing': 1e-2}), or freeze what shall stay",
+                ZeroGradientWarning,
+                stacklevel=4,
+            )
+
     def loss(self) -> tuple[Tensor, int]:
         """This process's share of the average objective over the step's samples that did not fail; how many did."""
         values: list[Tensor] = []
 
-        def simulate() -> tuple[int, list[int], list[str], bool]:
+        def simulate() -> tuple[int, list[int], list[str], bool, str]:
             with collect_failures() as reported:
                 trajectory, labels = self.sampler(self.rule, self.step)
             if trajectory is None:
-                return 0, [], [], False
-            failed = trajectory.failed.cpu()
+                return 0, [], [], False, ""
+            failed, culprit = trajectory.failed.cpu(), ""
             if not bool(failed.all()):
                 sound = trajectory.select(~trajectory.failed) if bool(failed.any()) else trajectory
                 values.append(judge(self.objective, sound))
-            return len(failed), labels[failed].tolist(), explanations(trajectory, labels), bool(reported.masks)
+                culprit = blame(self.objective, sound, values[0], labels[~failed].tolist())
+            return len(failed), labels[failed].tolist(), explanations(trajectory, labels), bool(reported.masks), culprit
 
         shares = distributed.gather(simulate)
+        self.culprit = next((f": {s[4]}" for s in shares if s[4]), "")
         total, lost = sum(s[0] for s in shares), [label for s in shares for label in s[1]]
         if lost:
             if len(lost) == total and not any(s[3] for s in shares):  # no solver is to blame

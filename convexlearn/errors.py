@@ -66,6 +66,10 @@ class FailureWarning(ConvexLearnWarning):
     """Failed samples were left out of an average or of a gradient step."""
 
 
+class ZeroGradientWarning(ConvexLearnWarning):
+    """Parameters that are trained have a gradient of exactly zero when tuning starts; the message names them."""
+
+
 def suggest(word: str, valid: Iterable[str]) -> str:
     """A half sentence that names the nearest valid word, or lists them all.
 

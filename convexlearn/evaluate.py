@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from convexlearn import distributed
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError, listed
-from convexlearn.objectives import Objective, check_objective, judge
+from convexlearn.failures import collect_failures
+from convexlearn.objectives import Objective, blame, check_objective, judge
 from convexlearn.randomness import isolated, make_generator
 from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
 from convexlearn.simulate.base import FiniteSimulator, Trajectory, check_simulator, simulate
 
 SAMPLES = 256
 """Number of trajectories that `evaluate` simulates by default, where the simulator has no length."""
+FEW = 9
+"""Number of contexts of the decision ahead of the clock; fewer may run in kernels for small batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +130,8 @@ def evaluate(
     objective: Trajectory -> `(B,)`, or a dict of several, judged on the same simulation (gives a dict
     of Evaluations). `samples`: how many; by default all of a data set, SAMPLES trajectories otherwise;
     fewer than all are drawn by `seed`. `batch_size` bounds how many are simulated at a time. Time is
-    spent in the rule only. Failed samples are left out, counted and named in a FailureWarning; when
+    spent in the rule only; one with a ConvexLayer makes its first decision, which may compile, for up to FEW
+    contexts ahead of the clock. Failed samples are left out, counted and named in a FailureWarning; when
     over half of them fail, SolverError is raised. The rule is in eval mode meanwhile. Where torch.distributed is
     initialised, all processes must call it: each simulates its share of every batch, and all get the same result.
 
@@ -145,16 +149,20 @@ def evaluate(
     failed: list[Tensor] = []
     named: list[int] = []
     reasons: list[str] = []
+    odd: list[str] = []
     with torch.no_grad(), _eval_mode(timed), isolated(seed, "evaluate", devices=devices_of(timed)):
         for run in _simulations(timed, simulator, samples, batch_size, seed):
-            for rows, lost, names, causes in distributed.gather(lambda run=run: _judged(*run(), objectives)):
+            for rows, lost, names, causes, culprits in distributed.gather(lambda run=run: _judged(*run(), objectives)):
                 for name, row in rows.items():
                     values[name].append(row)
                 failed.append(lost)
                 named += names
                 reasons += causes
+                odd += culprits
     positions = torch.nonzero(torch.cat(failed)).flatten().tolist() if failed else []
     report_failures(named, sum(map(len, failed)), "evaluate", reasons, warn=distributed.first())
+    if odd and distributed.first():
+        warnings.warn(f"evaluate: {odd[0]}", FailureWarning, stacklevel=2)
     spent = distributed.gather(lambda: (timed.seconds, timed.decisions))
     decisions = sum(count for _, count in spent)
     seconds = sum(spell for spell, _ in spent) / decisions if decisions else math.nan
@@ -166,16 +174,17 @@ def evaluate(
 
 
 def _judged(trajectory: Trajectory | None, labels: Tensor, objectives: Mapping[str, Objective]) -> tuple[Any, ...]:
-    """Values by objective, NaN for failed samples; which failed, their numbers, and why."""
+    """Values by objective, NaN for failed samples; which failed, their numbers, and why; what else is no number."""
     if trajectory is None:
-        return {}, torch.zeros(0, dtype=torch.bool), [], []
-    lost, rows = trajectory.failed.cpu(), {}
+        return {}, torch.zeros(0, dtype=torch.bool), [], [], []
+    lost, rows, odd = trajectory.failed.cpu(), {}, []
     kept = trajectory.select(~trajectory.failed) if bool(lost.any()) else trajectory
     for name, function in objectives.items():
         row = judge(function, kept).cpu()
+        odd.append(blame(function, kept, row, labels[~lost].tolist()))
         row = row if row.is_floating_point() else row.double()
         rows[name] = row.new_full((len(lost),), math.nan).masked_scatter(~lost, row)
-    return rows, lost, labels[lost].tolist(), explanations(trajectory, labels)
+    return rows, lost, labels[lost].tolist(), explanations(trajectory, labels), list(filter(None, odd))
 
 
 def explanations(trajectory: Trajectory, labels: Tensor) -> list[str]:
@@ -215,20 +224,40 @@ class _TimedRule(DecisionRule):
         super().__init__()
         self.rule = rule
         self.seconds, self.decisions = 0.0, 0
+        self.warm = not any(getattr(part, "compiles_when_called", False) for part in self.rule.modules())
 
     @property
     def recursive(self) -> bool:
         return self.rule.recursive
 
     def start(self, x: Any) -> Any:
+        self._warm_up(self._first_decision, x)
         return self._time(0, self.rule.start, x)
 
     def decide(self, x: Any, memory: Any = None) -> tuple[Any, Any]:
+        self._warm_up(self._first_decision, x)
         return self._time(len(as_tuple(x)[0]), self.rule.decide, x, memory)
 
     def forward(self, *x: Any) -> Any:
         steps = x[0].shape[1] if self.rule.recursive and x and x[0].ndim > 1 else 1
+        self._warm_up(lambda few: self.rule(*(part[:, :2] if steps > 2 else part for part in as_tuple(few))), x)
         return self._time(len(x[0]) * steps if x else 0, self.rule, *x)
+
+    def _first_decision(self, x: Any) -> None:
+        self.rule.decide(x, self.rule.start(x))
+
+    def _warm_up(self, decide: Callable[[Any], Any], x: Any) -> None:
+        """Decide for a few of the contexts, once, and leave no trace of it: no random draw, failure or warning."""
+        if self.warm:
+            return
+        self.warm = True
+        with (
+            isolated(0, "warm-up", devices=devices_of(self)),
+            warnings.catch_warnings(action="ignore"),
+            suppress(Exception),  # the decision that counts will raise it for all contexts
+            collect_failures(apart=True),
+        ):
+            decide(tuple(part[:FEW] for part in x) if isinstance(x, tuple) else x[:FEW])
 
     def _time(self, decisions: int, function: Any, *arguments: Any) -> Any:
         cuda = any(isinstance(a, Tensor) and a.is_cuda for a in as_tuple(arguments[0])) if arguments else False

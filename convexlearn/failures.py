@@ -62,12 +62,13 @@ _active: ContextVar[Failures | None] = ContextVar("convexlearn_failures", defaul
 
 
 @contextmanager
-def collect_failures() -> Iterator[Failures]:
+def collect_failures(*, apart: bool = False) -> Iterator[Failures]:
     """Within it, a layer whose policy is "raise" returns finite rows with zero gradient and records them.
 
-    Simulators run rules inside it, so that one infeasible sample costs neither the batch nor the run.
+    Simulators run rules inside it, so that one infeasible sample costs neither the batch nor the run. `apart`
+    keeps what happens within from the collectors around it.
     """
-    failures = Failures(outer=_active.get())
+    failures = Failures(outer=None if apart else _active.get())
     token = _active.set(failures)
     try:
         yield failures

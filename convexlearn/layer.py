@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,9 @@ class ConvexLayer(nn.Module):
     >>> layer(torch.tensor([1.0, -1.0]))[0].abs()
     tensor([1., 0.])
     """
+
+    compiles_when_called: ClassVar[bool] = True
+    """The first call may compile kernels, which is no part of the time of a decision."""
 
     def __init__(
         self,

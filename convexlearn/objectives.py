@@ -6,15 +6,15 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convexlearn.errors import MissingParameterError, OptionError, ShapeError
-from convexlearn.simulate.base import Trajectory
+from convexlearn.errors import MissingParameterError, OptionError, ShapeError, listed
+from convexlearn.simulate.base import Trajectory, not_finite
 
 Objective = Callable[[Trajectory], Tensor]
 
@@ -151,6 +151,36 @@ def judge(objective: Objective, trajectory: Trajectory) -> Tensor:
             f"shape ({len(trajectory)},), got {got}; sum or average over the other axes"
         )
     return values
+
+
+def blame(objective: Objective, trajectory: Trajectory, values: Tensor, labels: Sequence[int]) -> str:
+    """Which samples have a value that is no number, and in which of the trajectory's tensors; "" where all are fine.
+
+    `labels`: the numbers of the samples for the message.
+
+    >>> t = Trajectory(torch.zeros(2), torch.zeros(2), target=torch.tensor([0.0, torch.nan]))
+    >>> blame(squared_error, t, squared_error(t), [4, 7]).partition(",")[0]
+    "objective 'squared_error' is no number for samples 7"
+    """
+    odd, name = ~torch.isfinite(values.detach()), objective_name(objective)
+    if not bool(odd.any()):
+        return ""
+    for field in ("target", "cost", "state", "context", "decision"):
+        value = getattr(trajectory, field)
+        rows = odd if value is None else odd & not_finite(value, len(trajectory)).to(odd.device)
+        if value is not None and bool(rows.any()):
+            known = ", or take known_squared_error, which skips unknown entries" if field == "target" else ""
+            return (
+                f"objective '{name}' is no number for samples {listed([labels[k] for k in rows.nonzero().flatten()])}, "
+                f"whose {field} holds NaN or inf; mend or leave out these samples, as in pairs.subset(indices){known}"
+            )
+    rows = torch.isnan(values.detach()).nonzero().flatten()
+    return (
+        f"objective '{name}' is NaN for samples {listed([labels[k] for k in rows])}, although their target, context, "
+        "state, cost and decision are finite; it divides by zero or takes the root or logarithm of a negative number"
+        if len(rows)
+        else ""
+    )
 
 
 def _target(trajectory: Trajectory, name: str) -> Tensor:

@@ -84,7 +84,7 @@ def save(rule: nn.Module, path: str | Path, *, classes: Sequence[type[LearnedPar
     True
     """
     if not isinstance(rule, LearnedParameters):
-        raise FileError(f"save takes a rule, got {type(rule).__name__}; wrap a network: cl.NeuralRule(network)")
+        raise FileError(f"save takes a rule, got {type(rule).__name__}; {_wrapped(rule, path)}")
     packer = _RulePacker(classes)
     root = packer.pack(rule, type(rule).__name__)
     changes = packer.pack(changes_of(rule), "state")
@@ -94,6 +94,25 @@ def save(rule: nn.Module, path: str | Path, *, classes: Sequence[type[LearnedPar
     text = json.dumps(content, separators=(",", ":"))
     metadata = {"convexlearn": text, "sha256": _checksum(text, packer.tensors)}
     _write(Path(path), packer.tensors, metadata)
+
+
+def _wrapped(value: Any, path: str | Path) -> str:
+    """What to write instead of saving something that is no rule."""
+    if not isinstance(value, nn.Module):
+        return "write it as a class derived from cl.DecisionRule, and give that to save and load: classes=[...]"
+    text = f"wrap a network: cl.save(cl.NeuralRule(network), {str(path)!r})"
+    if _plain(value):
+        return text
+    return f"{text}. To load: {_asked(type(value).__name__, 'network', path)}"
+
+
+def _asked(kind: str, name: str, path: str | Path) -> str:
+    """How to load a file that lacks the code of a module or function."""
+    return (
+        f"'{name}' is a network or function ({kind}) whose code is not in the file; give one of the same sizes, which "
+        f"gets its weights from the file: cl.load({str(path)!r}, {name}={name}), or a function without arguments that "
+        f"returns it: {name}=lambda: {name}"
+    )
 
 
 def load(
@@ -113,6 +132,7 @@ def load(
     tensors, content = _read(Path(path))
     unpacker = _RuleUnpacker(tensors, classes, builders)
     try:
+        unpacker.modules, unpacker.path = content["modules"], path
         unknown = builders.keys() - content["modules"].keys()
         for name in unknown:
             raise OptionError(f"load: {path} has no module '{name}'; {suggest(name, content['modules'])}")
@@ -222,6 +242,8 @@ class _RuleUnpacker(Unpacker):
         self.problems = ProblemUnpacker(self)
         self.rules = RULES | {cls.__name__: cls for cls in classes}
         self.builders = builders
+        self.modules: Mapping[str, str] = {}  # types of what is built, by name
+        self.path: str | Path = ""
 
     def _rule(self, payload: Any) -> Any:
         name, args, kwargs = payload
@@ -236,10 +258,7 @@ class _RuleUnpacker(Unpacker):
 
     def _built(self, name: str) -> Any:
         if name not in self.builders:
-            raise FileError(
-                f"'{str(name)[:80]}' is a network or function whose code is not in the file; give what builds it: "
-                f"load(path, {str(name)[:80]}=lambda: ...), or save the rule without it"
-            )
+            raise FileError(_asked(str(self.modules.get(name, "module"))[:80], str(name)[:80], self.path))
         given = self.builders[name]
         return given if isinstance(given, nn.Module) else given()
 

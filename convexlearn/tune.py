@@ -64,7 +64,8 @@ def tune(
 
     A loss or gradient that is NaN or infinite ends the run with the best (else the last good) weights, a
     NonFiniteWarning and `history.stopped`; at the very first step it raises NonFiniteError. Ctrl-C does
-    the same without warning. callback(record) is called after each step and may return True to stop.
+    the same without warning. Parameters without any influence when tuning starts are named in a ZeroGradientWarning.
+    callback(record) is called after each step and may return True to stop.
     checkpoint: a file, written now and then, at the end, and when the run is interrupted; when it exists the
     run resumes from it, with the same result to the bit as without interruption; more `steps` continue a
     finished one.

@@ -7,6 +7,7 @@ import torch
 from reference import close, tensor
 
 from convexlearn import ConvexLayer, Status
+from convexlearn.solvers.quadratic import sparse
 
 PATHS = pytest.mark.parametrize("path", ["lanes", "sparse"])
 
@@ -93,3 +94,31 @@ def test_lanes_that_let_go_leave_the_others_alone():
     assert (found.status == Status.SOLVED).all()
     for ours, theirs in zip(found.variables, expected.variables):
         assert torch.equal(ours[2::3], theirs[2::3])
+
+
+@pytest.mark.parametrize("n", [20, 60])  # more constraints to let go than basis.DROPS
+def test_every_kink_at_a_point_that_equalities_fix(n):
+    """min |x|_1 s.t. Ax = b has one point, whose derivative is A^-1 although all of b = 0 is at kinks."""
+    A = np.eye(n) + 0.3 * np.random.default_rng(0).normal(size=(n, n)) / np.sqrt(n)
+    x, b = cp.Variable(n), cp.Parameter(n, name="b")
+    problem = cp.Problem(cp.Minimize(cp.norm1(x)), [A @ x == b])
+    layer = ConvexLayer(problem, [b], [x], solver_args={"path": "lanes"})
+    slopes = torch.autograd.functional.jacobian(lambda v: layer(v)[0], torch.zeros(n, dtype=torch.float64))
+    close(slopes, tensor(np.linalg.inv(A)), 1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 40, 100])
+def test_a_zero_solution_needs_no_sparse_path(n, monkeypatch):
+    """A fused lasso that shrinks everything to zero has n - 1 dependent rows; the lanes solve it by themselves."""
+    monkeypatch.setattr(sparse, "solve", None)
+    x, y = cp.Variable(n), cp.Parameter(n, name="y")
+    cost = 0.5 * cp.sum_squares(x - y) + 0.4 * cp.norm1(cp.diff(x)) + 0.8 * cp.norm1(x)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cost)), [y], [x])
+    points = 0.2 * torch.randn(9, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert points.abs().max() < 0.8  # then zero is the solution, and stays so nearby
+    points[4] = 0.0
+    found = layer.solve(points)
+    assert (found.status == Status.SOLVED).all()
+    close(found.variables[0], torch.zeros_like(points), 1e-15)
+    (gradient,) = torch.autograd.grad(layer(points.requires_grad_())[0].sum(), points)
+    close(gradient, torch.zeros_like(points), 1e-12)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from convexlearn.errors import FailureWarning, OptionError, SolverError
-from convexlearn.evaluate import SAMPLES, Evaluation, evaluate
-from convexlearn.objectives import cost, squared_error
+from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError
+from convexlearn.evaluate import FEW, SAMPLES, Evaluation, evaluate
+from convexlearn.failures import collect_failures, collector
+from convexlearn.objectives import cost, known_squared_error, squared_error
 from convexlearn.rules.base import DecisionRule
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs
@@ -104,6 +105,64 @@ def test_time_is_spent_in_the_rule_only():
     assert evaluate(Slow(), sequences, squared_error).seconds_per_decision >= 0.0025
 
 
+class Compiling(DecisionRule):
+    """Slow at its first call, random, and without a decision for x > 4; counts its calls."""
+
+    compiles_when_called = True
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def decide(self, x, memory=None):
+        if not self.sizes and self.compiles_when_called:
+            time.sleep(0.3)
+        self.sizes.append(len(x))
+        collector().add(x[:, 0] > 4)
+        return x + torch.rand(len(x), 1, dtype=x.dtype), memory
+
+
+class Prompt(Compiling):
+    compiles_when_called = False
+
+
+def rolled_out(rule, batch_size, generator):
+    """Three decisions for each sample."""
+    x = torch.rand(batch_size, 3, 1, generator=generator, dtype=torch.float64) * 4.5
+    with collect_failures() as failures:
+        memory, decisions = rule.start(x[:, 0]), []
+        for t in range(3):
+            s, memory = rule.decide(x[:, t], memory)
+            decisions.append(s)
+    return Trajectory(x, torch.stack(decisions, 1), cost=sum(decisions)[:, 0], failed=failures.mask(batch_size))
+
+
+SEQUENCES = Pairs(X.repeat(5, 4)[:, :, None], X.repeat(5, 4)[:, :, None])
+
+
+@pytest.mark.parametrize("simulator", [rolled_out, SEQUENCES, Pairs(X[:, None], X[:, None])])
+@pytest.mark.filterwarnings("ignore::convexlearn.errors.FailureWarning")
+def test_the_decision_that_compiles_is_not_timed_and_leaves_no_trace(simulator):
+    judge = squared_error if isinstance(simulator, Pairs) else cost
+    samples = None if isinstance(simulator, Pairs) else 30
+    rules = Compiling(), Prompt()
+    found, expected = (evaluate(rule, simulator, judge, samples=samples) for rule in rules)
+    assert torch.equal(found.values.nan_to_num(), expected.values.nan_to_num())
+    assert found.failed == expected.failed != ()
+    assert found.seconds_per_decision < 0.3 / 30
+    ahead = [min(FEW, len(found.values))] * (2 if simulator is SEQUENCES else 1)
+    assert rules[0].sizes == [*ahead, *rules[1].sizes]
+
+
+def test_a_decision_ahead_of_the_clock_that_fails_is_left_to_the_one_that_counts():
+    class Refusing(Compiling):
+        def decide(self, x, memory=None):
+            raise ShapeError(f"batch {len(x)}")
+
+    with pytest.raises(ShapeError, match="batch 30"):
+        evaluate(Refusing(), SEQUENCES, squared_error)
+
+
 def test_single_sample_has_no_standard_error():
     assert math.isnan(Evaluation(torch.ones(1)).standard_error)
 
@@ -133,3 +192,20 @@ def test_what_is_no_simulator_or_objective():
         evaluate(nn.Identity(), (torch.ones(3, 2), torch.ones(3, 2)), squared_error)
     with pytest.raises(OptionError, match="function of a Trajectory alone"):
         evaluate(nn.Identity(), PAIRS, {"mse": nn.functional.mse_loss})
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_targets_that_are_no_numbers_are_named(batch_size):
+    target = (0 * X).index_fill(0, torch.tensor([2, 5]), torch.nan)
+    with pytest.warns(FailureWarning, match=r"'squared_error' is no number for samples 2.*whose target holds NaN"):
+        result = evaluate(nn.Identity(), Pairs(X, target), squared_error, batch_size=batch_size)
+    assert result.values.isnan().nonzero().flatten().tolist() == [2, 5]
+    assert evaluate(nn.Identity(), Pairs(X, target), known_squared_error).values.tolist() == [0, 1, 0, 9, 16, 0]
+
+
+def test_an_objective_that_is_no_number_without_cause_in_the_data():
+    def logarithm(trajectory):
+        return (trajectory.decision[:, 0] - 2.5).log()
+
+    with pytest.warns(FailureWarning, match="'logarithm' is NaN for samples 0, 1, 2, although their target"):
+        evaluate(nn.Identity(), PAIRS, logarithm)

@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import random
+import re
+import sys
 
 import cvxpy as cp
 import numpy as np
@@ -188,7 +190,7 @@ def test_code_of_networks_is_asked_for_by_name(tmp_path):
     x = torch.ones(2, 4)
     assert torch.equal(cl.load(tmp_path / "a", network=Net)(x), rule(x))
     assert torch.equal(cl.load(tmp_path / "a", network=Net())(x), rule(x))
-    with pytest.raises(FileError, match=r"'network' is a network or function .* load\(path, network=lambda"):
+    with pytest.raises(FileError, match=r"'network' is a network or function \(Net\) .* network=lambda: network"):
         cl.load(tmp_path / "a")
     with pytest.raises(FileError, match="size mismatch"):
         cl.load(tmp_path / "a", network=lambda: Net(5))
@@ -202,6 +204,36 @@ def test_plain_functions_are_asked_for_too(tmp_path):
     new = through_file(rule, tmp_path, features=lambda: lambda z: 2 * z)
     z = torch.ones(1, 4, dtype=torch.float64)
     torch.testing.assert_close(new(z), rule(z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])  # rebuilt by load, or asked for
+def test_what_the_messages_say_to_write_works(activation, tmp_path):
+    network, file, names = nn.Sequential(nn.Linear(2, 3), activation, nn.Linear(3, 1)), tmp_path / "my rule", {"cl": cl}
+    with pytest.raises(FileError, match="save takes a rule, got Sequential") as refused:
+        cl.save(network, file)
+    saving, *loading = re.findall(r"cl\.(?:save|load)\(.*?\'\)|cl\.load\(.*?\)", str(refused.value))
+    eval(saving, {**names, "network": network})
+    if not loading:
+        rule = cl.load(file)
+    else:
+        with pytest.raises(FileError, match=re.escape(loading[0])):
+            cl.load(file)
+        fresh = nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 1))
+        rule = eval(loading[0], {**names, "network": fresh})
+    x = torch.ones(2, 2)
+    assert torch.equal(rule(x), network(x))
+
+
+def test_a_function_is_no_rule(tmp_path):
+    with pytest.raises(FileError, match=r"derived from cl\.DecisionRule.*classes="):
+        cl.save(lambda x: x, tmp_path / "a")
+
+
+def test_without_safetensors_the_message_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (lambda: cl.save(cl.AffineRule(torch.eye(1)), tmp_path / "a"), lambda: cl.load(tmp_path / "a")):
+        with pytest.raises(ModuleNotFoundError, match=r"needs safetensors; .*pip install 'convexlearn\[files\]'"):
+            call()
 
 
 class Doubled(cl.DecisionRule):

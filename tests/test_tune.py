@@ -1,18 +1,21 @@
 import contextlib
 import json
 import math
+import warnings
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from convexlearn.domains import Domain
-from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError
+from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError, ZeroGradientWarning
 from convexlearn.networks import mlp
 from convexlearn.objectives import accuracy, cost, cross_entropy, mean_squared_error, psnr, squared_error
 from convexlearn.rules.affine import AffineRule
 from convexlearn.rules.base import DecisionRule, Role
+from convexlearn.rules.convex import ConvexRule
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs
 from convexlearn.tune import History, NonFiniteWarning, tune
@@ -488,3 +491,61 @@ def test_what_is_no_simulator_objective_or_optimizer(change, message):
     rule, simulator, objective = (arguments.pop(name) for name in ("rule", "simulator", "objective"))
     with pytest.raises(OptionError, match=message):
         tune(rule, simulator, objective, steps=1, **arguments)
+
+
+class Gated(DecisionRule):
+    """s = clip(gate weight x + 0 idle, -limit, limit)."""
+
+    def __init__(self, gate, limit=9.0):
+        super().__init__()
+        for name, value in {"weight": 1.0, "gate": gate, "idle": 1.0, "limit": limit}.items():
+            self.declare(name, torch.tensor(value, dtype=torch.float64))
+        self.freeze("limit")
+
+    def forward(self, *x):
+        return (self.gate * self.weight * x[0] + torch.relu(-9 - self.idle)).clamp(-self.limit, self.limit)
+
+
+def zero_gradients(rule, steps):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ZeroGradientWarning)
+        tune(rule, Pairs(1 + X.abs(), 0.5 * X), squared_error, steps=steps, learning_rate=1e-3, progress=False)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])  # behind a gate that opens in the first step, the weight has a gradient
+def test_parameters_without_influence_are_named_once(gate):
+    (message,) = zero_gradients(Gated(gate), 5)
+    assert "step 1: the gradient of idle is exactly zero" in message
+    assert zero_gradients(Gated(gate).freeze("idle"), 5) == []
+
+
+def test_a_saturated_rule_is_told_at_once():
+    (message,) = zero_gradients(Gated(1.0, limit=0.5), 1)
+    assert "step 0: the gradient of weight, gate, idle is exactly zero" in message
+    assert "does not depend on them" in message
+    assert zero_gradients(Gated(1.0, limit=0.5), 5) == [message]
+
+
+def test_a_constraint_that_binds_nowhere_has_no_gradient():
+    x, y, cap = cp.Variable(3), cp.Parameter(3, name="y"), cp.Parameter(name="cap", value=50.0)
+    weight = cp.Parameter(name="weight", nonneg=True, value=0.5)
+    cost = cp.sum_squares(x - y) + weight * cp.sum_squares(x)
+    rule = ConvexRule(cp.Problem(cp.Minimize(cost), [x <= cap]), [y], x)
+    (message,) = zero_gradients(rule, 3)
+    assert "gradient of cap is exactly zero" in message
+    assert zero_gradients(rule.freeze("cap"), 3) == []
+
+
+@pytest.mark.parametrize("batch_size", [None, 6])
+def test_targets_that_are_no_numbers_are_named(batch_size):
+    target = S.clone()
+    target[17, 1] = torch.inf
+    rule, options = affine(), {"steps": 4, "batch_size": batch_size, "progress": False}
+    told = "the loss became inf while tuning W, b: objective 'squared_error' is no number for samples 17, whose target"
+    with contextlib.ExitStack() as stack:
+        expected = pytest.raises(NonFiniteError, match=told) if batch_size is None else contextlib.nullcontext()
+        stack.enter_context(expected)
+        if batch_size is not None:
+            stack.enter_context(pytest.warns(NonFiniteWarning, match=told))
+        tune(rule, Pairs(X, target), squared_error, **options)

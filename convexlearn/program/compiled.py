@@ -50,16 +50,26 @@ def _source_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-class _Announcement(event.Listener):
-    """Says once per process that something is compiled rather than read from the cache."""
+LONG = {
+    "condense_kernels.condense": ("the matrices of the active-set solver", 5),
+    "shared_kernels.forward": ("the active-set solver", 35),
+    "shared_kernels.backward": ("the derivative of the active-set solver", 10),
+    "quadratic.kernels.solve_range": ("the interior point", 20),
+    "quadratic.kernels.adjoint_range": ("the derivative of the interior point", 3),
+    "second_order.kernels.solve_range": ("the solver for second-order cones", 15),
+}
+"""Entry points that take seconds to compile: what they are, and about how many seconds."""
 
-    said = False
+
+class _Announcement(event.Listener):
+    """Says what is compiled rather than read from the cache, and for about how long, where it takes seconds."""
 
     def on_start(self, event: Any) -> None:
         function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith("convexlearn."):
-            self.said = True
-            log.warning("compiling kernels; this takes up to half a minute, once per machine and version")
+        name = f"{function.__module__}.{function.__name__}"
+        for entry_point, (part, seconds) in LONG.items():
+            if name.startswith("convexlearn.") and name.endswith(f".{entry_point}"):
+                log.warning("compiling %s: about %d s, once per machine and version", part, seconds)
 
     def on_end(self, event: Any) -> None:
         """Nothing to say."""

@@ -2,6 +2,7 @@
 
 import copy
 import keyword
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -202,18 +203,23 @@ class LearnedParameters(nn.Module):
 
 
 def count_parameters(module: nn.Module) -> dict[Role, int]:
-    """Number of trainable entries of any module by role; what nobody declared is a network weight."""
+    """Number of trainable entries of any module by role."""
+    counts, role = dict.fromkeys(Role, 0), role_of(module)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            counts[role(parameter)] += parameter.numel()
+    return counts
+
+
+def role_of(module: nn.Module) -> Callable[[nn.Parameter], Role]:
+    """The function from a parameter of any module to its role; what nobody declared is a network weight."""
     roles = {
         id(parameter): part._declared[name].role
         for part in module.modules()
         if isinstance(part, LearnedParameters)
         for name, parameter in part.free.items()
     }
-    counts = dict.fromkeys(Role, 0)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            counts[roles.get(id(parameter), Role.NETWORK)] += parameter.numel()
-    return counts
+    return lambda parameter: roles.get(id(parameter), Role.NETWORK)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

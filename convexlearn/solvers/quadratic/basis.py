@@ -53,7 +53,8 @@ PROJECTIONS = 4  # repetitions of the proximal step, each of which removes all b
 SUSPECT = 1e-4  # entry of the projected probe (entries up to 1) that calls for the other repetitions
 NULL = 1e-3  # entry that remains where rows are dependent
 INVOLVED = 1e-6  # smallest slope of a multiplier along a direction of entries up to 1
-DROPS = 30  # constraints that are let go at most
+DROPS = 30  # constraints that are let go at most,
+DROP_ENTRIES = 4_000_000  # or this many entries of L over all of them, since each takes a factorization
 ENDLESS = 1e300
 
 

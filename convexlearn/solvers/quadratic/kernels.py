@@ -1,7 +1,7 @@
 """Entry points of the compiled solver: ranges of lane blocks, forward and adjoint."""
 
 from convexlearn.solvers.quadratic.adjoint import adjoint_solve, data_gradients, scale_entries, upstream
-from convexlearn.solvers.quadratic.basis import DROPS, let_go, take_back
+from convexlearn.solvers.quadratic.basis import DROP_ENTRIES, DROPS, let_go, take_back
 from convexlearn.solvers.quadratic.equilibrate import (
     apply_scaling,
     find_scaling,
@@ -27,6 +27,7 @@ from convexlearn.solvers.quadratic.layout import (
     N_EQ,
     N_IN,
     N_K,
+    N_L,
     N_LO,
     N_PAIR,
     N_UP,
@@ -117,7 +118,8 @@ def solve_block(w, I, F, options):
     rounds, fresh, attempt, opened = int(get(options, ROUNDS)), False, 1, full(w, 0.0)
     if get(options, WARM) > 0.5:
         attempt = 0
-    for _ in range(DROPPING + DROPS):
+    drops = max(DROPS, DROP_ENTRIES // max(index(I, N_L), 1))
+    for left in range(DROPPING + drops, 0, -1):
         if attempt == 1 or attempt == 2:
             if attempt == 1:
                 start(w, I, F)
@@ -141,7 +143,8 @@ def solve_block(w, I, F, options):
             kept = take_back(w, I, F, opened)
             fresh = fresh and not any_gt(opened - kept, 0.5)
             opened = kept
-        if rowless:  # bounds and kinks of different variables are independent
+        # bounds and kinks of different variables are independent; lanes opened in the last round would stay open
+        if rowless or left == 1:
             break
         opened = let_go(w, I, F, opened)
         if not any_gt(opened, 0.5):

@@ -30,10 +30,8 @@ UNBOUNDED: x holds the ray Px = 0, Ax = 0, Gx <= 0, x >= 0 (<= 0) where bounded 
 q'x + w'|x| = -1. FAILED: the last iterate.
 """
 
-import logging
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +52,6 @@ HAND_OVER_LP = 1e-6  # an LP's early active sets are singular
 POLISH_ROUNDS = 5
 ITERATION_LIMIT = 100
 PENALTY_TOLERANCE = 1e-13
-
-log = logging.getLogger(__name__)
 
 
 class BoxData(NamedTuple):
@@ -313,8 +309,5 @@ def _kernels() -> Any:
     if _KERNELS is None:
         from convexlearn.solvers.quadratic import kernels
 
-        folder = getattr(kernels.solve_range.stats, "cache_path", None)
-        if folder is None or not any(Path(folder).glob("kernels.solve_range-*.nbc")):
-            log.info("compiling the quadratic solver: about half a minute, once per machine and version")
         _KERNELS = kernels
     return _KERNELS
