@@ -52,7 +52,7 @@ def _source_digest() -> str:
 
 LONG = {
     "condense_kernels.condense": ("the matrices of the active-set solver", 5),
-    "shared_kernels.forward": ("the active-set solver", 35),
+    "shared_kernels.forward": ("the active-set solver", 25),
     "shared_kernels.backward": ("the derivative of the active-set solver", 10),
     "quadratic.kernels.solve_range": ("the interior point", 20),
     "quadratic.kernels.adjoint_range": ("the derivative of the interior point", 3),
