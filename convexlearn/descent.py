@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from convexlearn import checkpoint as checkpoints
 from convexlearn import distributed
+from convexlearn.checks import number, require_that, shown
 from convexlearn.errors import FailureWarning, NonFiniteError, OptionError, SolverError, ZeroGradientWarning
 from convexlearn.evaluate import devices_of, evaluate, explanations, report_failures
 from convexlearn.failures import collect_failures
@@ -129,7 +130,10 @@ class Descent:
     def advance(self) -> dict[str, Any]:
         """One gradient step; one validation when due."""
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = float(rate(self.step) if callable(rate) else rate)  # a numpy number could not be resumed
+            value = rate(self.step) if callable(rate) else rate
+            if value == value:  # one that is not finite ends the run below
+                require_that(f"tune, step {self.step}", "learning_rate", number(least=0, infinite=True), value)
+            group["lr"] = float(value)  # a numpy number could not be resumed
         records: list[dict[str, Any]] = []
         self.rule.train()
         self.optimizer.step(lambda: self.gradient(records))  # type: ignore[arg-type]  # LBFGS asks repeatedly
@@ -246,7 +250,15 @@ class Descent:
             self.warned = True
         sign, parts = -1.0 if maximizes(self.objective) else 1.0, distributed.size()
         loss = sign * values[0].mean() * (len(values[0]) / (total - len(lost))) if values else torch.zeros(())
-        return (loss if self.regularizer is None else loss + self.regularizer(self.rule) / parts), len(lost)
+        return (loss if self.regularizer is None else loss + self.extra() / parts), len(lost)
+
+    def extra(self) -> Tensor:
+        """The regularizer's value, one real number."""
+        value = self.regularizer(self.rule)  # pyright: ignore[reportOptionalCall]
+        number_like = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not number_like or (isinstance(value, Tensor) and value.is_complex()):
+            raise OptionError(f"tune: regularizer(rule) must return one real number, got {shown(value)}")
+        return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
 
     def total(self, loss: Tensor) -> float:
         """The sum of the processes' shares of a loss."""

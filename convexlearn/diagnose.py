@@ -11,6 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, onenormest, splu
 from torch import Tensor
 
+from convexlearn.checks import SEED, checked, instance, number
 from convexlearn.domains import Domain
 from convexlearn.errors import ConvexLearnWarning
 from convexlearn.layer import ConvexLayer
@@ -69,6 +70,7 @@ class Diagnosis:
         return "\n".join([*lines, *self.advice])
 
 
+@checked(layer=instance(ConvexLayer, "a ConvexLayer"), step=number(above=0), seed=SEED)
 def diagnose(layer: ConvexLayer, *params: Any, step: float = 1e-5, seed: int = 0, **by_name: Any) -> Diagnosis:
     """Look at the solution and the gradient of `layer` at parameters given as to `layer.forward`.
 
@@ -261,13 +263,13 @@ def _with_margin(program: Program, data: ProgramData, weight: Tensor) -> tuple[P
 def _disagreement(layer: ConvexLayer, values: list[Tensor], step: float, seed: int) -> Tensor:
     """Difference of derivative and central differences along a random direction, relative to the latter."""
     generator = torch.Generator().manual_seed(seed)
-    values = [v.detach().to(torch.float64) for v in values]
+    values = [v.detach().to(torch.float64, copy=True).contiguous() for v in values]  # of expanded ones no duals exist
     specs = layer._compiled.parameters
     directions = tuple(_direction(p.domain, v, 10 * step, generator) for p, v in zip(specs, values))
 
     def flat(*moved: Tensor) -> Tensor:
         result = layer.solve(*moved)
-        return torch.cat([v.reshape(*result.batch, -1) for v in result.variables], -1)
+        return torch.cat([v.flatten(len(result.batch)) for v in (v[..., None] for v in result.variables)], -1)
 
     ahead, behind = (flat(*(v + sign * step * d for v, d in zip(values, directions))) for sign in (1, -1))
     difference = (ahead - behind) / (2 * step)

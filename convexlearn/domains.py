@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexlearn.checks import Check, checked, instance, shown
 from convexlearn.errors import DomainError, OptionError, ShapeError, check_options
 
 EPSILON = 1e-3
@@ -34,6 +35,7 @@ ATTRIBUTES = {
     "NSD": "negative semidefinite",
 }
 REFUSED = ("boolean", "integer", "complex", "imag", "hermitian")
+SIZE = Check("a size", lambda v: isinstance(v, int | np.integer) and not isinstance(v, bool) and bool(v >= 0))
 STRUCTURES = ("symmetric", "diag", "PSD", "NSD")
 
 
@@ -61,6 +63,10 @@ class Domain:
     words: tuple[str, ...] = ()
 
     @staticmethod
+    @checked(
+        shape=Check("a tuple of sizes", lambda v: isinstance(v, Sequence) and all(SIZE.fits(n) for n in v)),
+        attributes=instance(Mapping, "a dict of CVXPY attributes"),
+    )
     def from_attributes(
         shape: Sequence[int],
         attributes: Mapping[str, Any] | None = None,
@@ -252,6 +258,8 @@ def _bounds(shape: tuple[int, ...], given: Mapping[str, Any]) -> tuple[np.ndarra
     """Lower and upper bounds on the entries that signs and `bounds` declare, and the latter in words."""
     lower, upper, text = np.full(shape, -np.inf), np.full(shape, np.inf), ""
     if "bounds" in given:
+        if not isinstance(given["bounds"], Sequence) or len(given["bounds"]) != 2:
+            raise OptionError(f"bounds must be a pair [lower, upper], got {shown(given['bounds'])}")
         low, high = (_dense_bound(b, fill) for b, fill in zip(given["bounds"], (-np.inf, np.inf)))
         lower, upper = np.maximum(lower, low), np.minimum(upper, high)
         low, high = (f"{float(b.flat[0]):g}" if np.all(b == b.flat[:1]) else "given arrays" for b in (low, high))
@@ -279,7 +287,10 @@ def _dense_bound(bound: Any, fill: float) -> np.ndarray:
         dense = np.full(coo.shape, fill)
         dense[coo.coords] = coo.data
         return dense
-    return np.asarray(bound, dtype=float)
+    try:
+        return np.asarray(bound, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"bounds must hold numbers or arrays, got {shown(bound)}") from error
 
 
 def _flat(value: Tensor, batch: torch.Size) -> Tensor:

@@ -70,14 +70,14 @@ class ZeroGradientWarning(ConvexLearnWarning):
     """Parameters that are trained have a gradient of exactly zero when tuning starts; the message names them."""
 
 
-def suggest(word: str, valid: Iterable[str]) -> str:
+def suggest(word: object, valid: Iterable[str]) -> str:
     """A half sentence that names the nearest valid word, or lists them all.
 
     >>> suggest("tolerence", ["tolerance", "max_iterations"])
     "did you mean 'tolerance'?"
     """
     valid = sorted(valid)
-    near = difflib.get_close_matches(word, valid, n=1)
+    near = difflib.get_close_matches(str(word), valid, n=1)
     return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid) or '(none)'}"
 
 

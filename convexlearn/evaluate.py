@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn import distributed
+from convexlearn.checks import SEED, count, require_that, shown
 from convexlearn.errors import FailureWarning, OptionError, ShapeError, SolverError, listed
 from convexlearn.failures import collect_failures
 from convexlearn.objectives import Objective, blame, check_objective, judge
@@ -36,6 +37,15 @@ class Evaluation:
     values: Tensor
     seconds_per_decision: float = math.nan
     failed: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor) or self.values.ndim != 1 or self.values.is_complex():
+            raise ShapeError(f"Evaluation: values must be real numbers (N,), one per sample, got {shown(self.values)}")
+        seconds, length = self.seconds_per_decision, len(self.values)
+        if not isinstance(seconds, int | float) or seconds < 0:
+            raise OptionError(f"Evaluation: seconds_per_decision must be a number, or NaN; got {shown(seconds)}")
+        if not isinstance(self.failed, tuple) or not all(type(k) is int and 0 <= k < length for k in self.failed):
+            raise OptionError(f"Evaluation: failed must be a tuple of samples below {length}, got {shown(self.failed)}")
 
     @property
     def mean(self) -> float:
@@ -71,6 +81,8 @@ class Evaluation:
         >>> Evaluation(torch.tensor([1.0, 5.0])) - Evaluation(torch.tensor([0.0, 4.5]))
         0.75 ± 0.25, nan ms per decision (2 samples)
         """
+        if not isinstance(other, Evaluation):
+            raise OptionError(f"an Evaluation minus {shown(other)}: both must be evaluations")
         if len(self.values) != len(other.values):
             raise ShapeError(
                 f"evaluations of {len(self.values)} and {len(other.values)} samples have no common random numbers; "
@@ -140,6 +152,13 @@ def evaluate(
     >>> evaluate(nn.Identity(), Pairs(torch.zeros(4, 2), torch.ones(4, 2)), squared_error).mean
     2.0
     """
+    for name, check, value in (
+        ("samples", count(), samples),
+        ("batch_size", count(), batch_size),
+        ("seed", SEED, seed),
+    ):
+        if value is not None or name == "seed":
+            require_that("evaluate", name, check, value)
     objectives = dict(objective) if isinstance(objective, Mapping) else {"": objective}
     check_simulator(simulator, "evaluate")
     for function in objectives.values():
@@ -287,9 +306,6 @@ def _simulations(
     rule: Any, simulator: Any, samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Callable[[], tuple[Trajectory | None, Tensor]]]:
     """Functions that simulate this process's share of a batch: its trajectory, if any, and the samples' numbers."""
-    for option, number in (("samples", samples), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise OptionError(f"evaluate: {option} must be at least 1, got {number}")
     finite = isinstance(simulator, FiniteSimulator)
     order = torch.arange(len(simulator) if finite else samples or SAMPLES)
     if finite and samples is not None:

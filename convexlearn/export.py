@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexlearn.checks import FOLDER, checked, count, instance, number
 from convexlearn.errors import CompileError, OptionError, ShapeError, SolverError, suggest
 from convexlearn.extras import require
+from convexlearn.inputs import as_tensor
 from convexlearn.rules.base import as_tuple
 from convexlearn.rules.convex import ConvexRule
 
@@ -126,9 +128,13 @@ class Controller:
 
     def solve(self, *x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Decisions, and the status of each sample `(B,)`: 0 solved, 1 not solved, 2 not finite."""
-        fed = as_tuple(x if self._rule.features is None else self._fed(x))
-        values = [v.detach().double().cpu().numpy() for v in fed]
-        for name, value, shape in zip(self._rule.context_names, values, self.inputs, strict=True):
+        fed, names = as_tuple(x if self._rule.features is None else self._fed(x)), self._rule.context_names
+        if len(fed) != len(names):
+            raise ShapeError(f"the controller has {len(names)} contexts ({', '.join(names)}), got {len(fed)}")
+        values = [as_tensor(name, v, "context").detach().double().cpu().numpy() for name, v in zip(names, fed)]
+        for name, value, shape in zip(names, values, self.inputs):
+            if len(value.shape) != 1 + len(shape) or len(value) != len(values[0]):
+                raise ShapeError(f"context '{name}' must have shape ({len(values[0])}, {shape}), got {value.shape}")
             if value.shape[1:] != shape:
                 raise ShapeError(f"context '{name}' must have shape (B, {shape}), got {value.shape}")
         batch = len(values[0])
@@ -173,6 +179,13 @@ class Controller:
         return Comparison(error, len(samples), failed, seconds, rule_seconds)
 
 
+@checked(
+    rule=instance(ConvexRule, "a ConvexRule; see torch.export for others"),
+    folder=FOLDER,
+    solver=instance(str, "the name of a solver"),
+    tolerance=number(above=0, below=1),
+    max_iterations=count(),
+)
 def export_c(
     rule: ConvexRule,
     folder: str | Path,
@@ -192,8 +205,6 @@ def export_c(
     Schaller and others, Embedded code generation with CVXPY (2022).
     """
     cpg = _generator()
-    if not isinstance(rule, ConvexRule):
-        raise OptionError(f"export_c takes a ConvexRule, got {type(rule).__name__}; see torch.export for others")
     problem, outputs = _declared(rule)
     if solver is None and not problem.is_qp():
         raise OptionError(
@@ -203,11 +214,6 @@ def export_c(
     if solver not in SOLVERS:
         raise OptionError(f"export_c: solver '{solver}'; {suggest(solver, SOLVERS)}")
     iterations = MAX_ITERATIONS[solver] if max_iterations is None else max_iterations
-    if not 0 < tolerance < 1 or not isinstance(iterations, int) or iterations < 1:
-        raise OptionError(
-            "export_c: tolerance must lie between 0 and 1, max_iterations be an integer of at least 1; "
-            f"got {tolerance} and {iterations}"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)

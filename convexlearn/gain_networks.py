@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convexlearn.errors import OptionError, ShapeError
+from convexlearn.checks import SEED, Check, checked, count, shown
+from convexlearn.errors import DomainError, MissingParameterError, ShapeError
+from convexlearn.inputs import as_tensor
 
 START = 0.3
 """Diagonal of the gain that an untrained network gives by default."""
@@ -15,6 +17,9 @@ HEAD_SCALE = 0.1
 
 WIDTH = 5
 """Units per signal of the layers in front of the cells."""
+
+
+ARCHITECTURE = Check("1 or 2", lambda v: type(v) is int and v in (1, 2))
 
 
 class GainSignals(NamedTuple):
@@ -74,13 +79,16 @@ class RecurrentGain(nn.Module):
     torch.Size([5, 3, 2])
     """
 
+    @checked(n=count(), p=count(), architecture=ARCHITECTURE, seed=SEED)
     def __init__(self, n: int, p: int, *, architecture: int = 2, start: Any = None, seed: int = 0) -> None:
         super().__init__()
-        if architecture not in (1, 2):
-            raise OptionError(f"RecurrentGain: architecture is 1 or 2, got {architecture!r}")
-        first = START * torch.eye(n, p) if start is None else torch.as_tensor(start).detach().float()
+        first = (
+            START * torch.eye(n, p) if start is None else as_tensor("start", start, "RecurrentGain:").detach().float()
+        )
         if tuple(first.shape) != (n, p):
             raise ShapeError(f"RecurrentGain: start must be ({n}, {p}), got {tuple(first.shape)}")
+        if not bool(torch.isfinite(first).all()):
+            raise DomainError("RecurrentGain: start has NaN or infinite entries")
         self.shape = (n, p)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -92,10 +100,24 @@ class RecurrentGain(nn.Module):
 
     def forward(self, signals: GainSignals, memory: Any = None) -> tuple[Tensor, Any]:
         """Gain `(B, n, p)` and the memory, tensors `(B, ...)`, before the next observation."""
+        self._check(signals)
         dtype = signals.prior.dtype
         features = GainFeatures(*(f.to(self.network.head.weight.dtype) for f in gain_features(signals)))
         L, memory = self.network(features, memory)
         return L.unflatten(-1, self.shape).to(dtype), memory
+
+    def _check(self, signals: GainSignals) -> None:
+        """Signals of one batch `(B, p)` and `(B, n)`; numbers and other shapes would be broadcast."""
+        if not isinstance(signals, GainSignals):
+            raise MissingParameterError(f"RecurrentGain: signals must be GainSignals, got {shown(signals)}")
+        n, p = self.shape
+        batch = len(signals.prior) if isinstance(signals.prior, Tensor) and signals.prior.ndim else 0
+        for name, value, size in zip(GainSignals._fields, signals, (p, p, p, n, n, n, n)):
+            if not isinstance(value, Tensor) or value.shape != (batch, size) or not value.is_floating_point():
+                got = shown(value)
+                raise ShapeError(
+                    f"RecurrentGain: signals.{name} must be a floating tensor ({batch}, {size}), got {got}"
+                )
 
 
 class OneUnit(nn.Module):

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from convexlearn.checks import AXES, require_that, shown
+from convexlearn.errors import OptionError
 from convexlearn.extras import require
 
 
@@ -25,6 +27,8 @@ class History(list[dict[str, Any]]):
 
     def column(self, name: str) -> list[Any]:
         """The values of one column, steps without it left out."""
+        if not isinstance(name, str):
+            raise OptionError(f"History.column: name must be a text, got {shown(name)}")
         return [record[name] for record in self if name in record]
 
     def to_json(self) -> str:
@@ -38,7 +42,13 @@ class History(list[dict[str, Any]]):
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "History":
         """The inverse of `to_dict`."""
-        history = cls(content["records"])
+        keys = ("records", "best", "start", "stopped")
+        if not isinstance(content, dict) or any(key not in content for key in keys):
+            raise OptionError(f"History.from_dict: content must be a dict of {', '.join(keys)}, got {shown(content)}")
+        records = content["records"]
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise OptionError(f"History.from_dict: records of content must be a list of dicts, got {shown(records)}")
+        history = cls(records)
         history.best, history.start, history.stopped = content["best"], content["start"], content["stopped"]
         return history
 
@@ -46,6 +56,7 @@ class History(list[dict[str, Any]]):
         """Draw loss and validation value over the steps into `ax`, or a new figure's; returns the Axes."""
         if ax is None:
             ax = require("matplotlib.figure", "plot", "a plot").Figure(layout="constrained").subplots()
+        require_that("History.plot", "ax", AXES, ax)
         ax.plot(self.column("step"), self.column("loss"), label="loss")
         validated = [record for record in self if "validation" in record]
         if validated:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import MissingParameterError, ShapeError
+from convexlearn.checks import shown
+from convexlearn.errors import DomainError, MissingParameterError, ShapeError
 
 
 def as_tensor(name: str, value: Any, kind: str = "parameter") -> Tensor:
@@ -66,3 +67,60 @@ def flattened(owner: str, x: Sequence[Any]) -> Tensor:
     if len({len(part) for part in parts}) > 1:
         raise ShapeError(f"{owner}: contexts have different batch sizes {[len(part) for part in parts]}")
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def check_step(owner: str, z: Any, n: int, u: Any, m: int, w: Any = 0.0) -> None:
+    """Refuse what is no state `(..., n)`, input `(..., m)` of the same batch, or noise added to the state.
+
+    For plants, which are called at every step: a few comparisons where all is well.
+    """
+    if isinstance(z, Tensor) and isinstance(u, Tensor):
+        batch = z.shape[:-1]
+        fits = batch and z.shape[-1] == n and u.shape == (*batch, m)
+        if fits and z.is_floating_point() and u.is_floating_point():
+            check_noise(owner, w, z)
+            return
+    check_rows(owner, "z", z, n)
+    check_rows(owner, "u", u, m)
+    raise ShapeError(f"{owner}: z and u must have the same batch, got {tuple(z.shape)} and {tuple(u.shape)}")
+
+
+def check_noise(owner: str, w: Any, like: Tensor) -> None:
+    """Refuse noise that is no number and no floating tensor of the shape of `like`, to which it is added."""
+    if isinstance(w, Tensor):
+        if w.is_floating_point() and (w.shape == like.shape or not w.ndim):
+            return
+    elif isinstance(w, int | float):
+        return
+    raise ShapeError(f"{owner}: w must be a number, or floating and of shape {tuple(like.shape)}, got {shown(w)}")
+
+
+def check_rows(owner: str, name: str, value: Any, size: int) -> None:
+    """Refuse what is no floating tensor `(..., size)` with the batch first."""
+    if not isinstance(value, Tensor):
+        raise MissingParameterError(f"{owner}: {name} must be a tensor (B, {size}), got {shown(value)}")
+    if not value.is_floating_point():
+        raise ShapeError(f"{owner}: {name} must be of a real floating dtype, got {value.dtype}")
+    if value.ndim < 2 or value.shape[-1] != size:
+        raise ShapeError(f"{owner}: {name} must have shape (B, {size}), got {tuple(value.shape)}")
+
+
+def start_state(owner: str, state: Any, like: Tensor, n: int) -> Tensor:
+    """The state `(B, n)` at the start, `(n,)` or `(B, n)`, in the dtype of `like` `(B, ...)`; zero by default."""
+    batch = len(like)
+    if state is None:
+        return like.new_zeros(batch, n)
+    state = as_floating("state", state, f"{owner}: argument")
+    if tuple(state.shape) not in {(n,), (batch, n)}:
+        raise ShapeError(f"state must have shape ({n},) or ({batch}, {n}), got {tuple(state.shape)}")
+    refuse_not_finite("state", state)
+    return state.to(like.dtype).expand(batch, n)
+
+
+def refuse_not_finite(name: str, value: Tensor) -> None:
+    """DomainError, naming the index, for an entry that is NaN or infinite."""
+    bad = ~torch.isfinite(value.detach())
+    if bool(bad.any()):
+        raise DomainError(
+            f"{name} is NaN or infinite at index {tuple(torch.nonzero(bad)[0].tolist())}; only x may have NaN entries"
+        )

@@ -8,9 +8,12 @@ import torch
 from cvxpylayers.interfaces.base import SolverInterface
 from torch import Tensor
 
+from convexlearn.checks import SIZES, Check, checked, shown
 from convexlearn.errors import CompileError, OptionError, SolverError
 from convexlearn.program.program import Cones, Program, ProgramData, Solution, Sparsity, Status
 from convexlearn.solvers.quadratic.solver import Quadratic, QuadraticOptions
+
+FLOATING = Check("a floating tensor", lambda v: isinstance(v, Tensor) and v.is_floating_point())
 
 
 class QuadraticInterface(SolverInterface):
@@ -44,7 +47,8 @@ class QuadraticInterface(SolverInterface):
         self, P: Tensor | None, q: Tensor, A: Tensor, dims: Any, solver_args: dict, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Solution]:
         """x (B, n) and z (B, m), and the solution for the backward pass."""
-        assert self._form is not None, "cvxpylayers calls setup first"
+        if self._form is None:
+            raise OptionError("QuadraticInterface: give it to a CvxpyLayer, which calls setup first")
         options = QuadraticOptions().updated("QuadraticInterface", **solver_args)
         data = self._form.data(P, q, A)
         solution = self._solver.solve(self._form.program, data, options)
@@ -58,7 +62,8 @@ class QuadraticInterface(SolverInterface):
         self, dprimal: Tensor, ddual: Tensor, saved_state: Solution
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradients of CVXPY's (P, q, A) entries, per sample."""
-        assert self._form is not None, "cvxpylayers calls setup first"
+        if self._form is None:
+            raise OptionError("QuadraticInterface: give it to a CvxpyLayer, which calls setup first")
         # cvxpylayers stacks shared and batched parameters alike, so every sample needs its own gradient
         expanded = saved_state.replaced(data=saved_state.data.expanded())
         gradient = self._solver.adjoint(expanded, dprimal.double(), ddual.double())
@@ -145,6 +150,7 @@ def _once(field: Tensor) -> Tensor:
     return field[:1].contiguous() if len(field) > 1 and bool((field == field[:1]).all()) else field.contiguous()
 
 
+@checked(image=SIZES, like=FLOATING)
 def physics_matrix(physics: Any, image: tuple[int, ...], *, like: Tensor | None = None) -> Tensor:
     """H `(m, n)` of a linear operator by deepinv's contract, as the value of a CVXPY parameter.
 
@@ -159,6 +165,8 @@ def physics_matrix(physics: Any, image: tuple[int, ...], *, like: Tensor | None 
     tensor([[0.5000, 0.0000, 0.0000, 0.0000],
             [0.0000, 0.0000, 0.5000, 0.0000]], dtype=torch.float64)
     """
+    if not callable(getattr(physics, "A", None)):
+        raise OptionError(f"physics_matrix: physics must have a method A(x), got {shown(physics)}")
     like = torch.empty(0, dtype=torch.float64) if like is None else like
     n, kind = torch.Size(image).numel(), type(physics).__name__
     with torch.no_grad():

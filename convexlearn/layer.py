@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import FLAG, checked, shown, word
 from convexlearn.errors import OptionError, ShapeError, suggest
 from convexlearn.failures import collector
 from convexlearn.inputs import as_tensor
@@ -34,6 +35,7 @@ from convexlearn.solvers import choose, find
 from convexlearn.solvers.base import Options, Solver
 
 POLICIES = ("raise", "nan", "fallback")
+BACKENDS = ("COO", "CPP", "NUMPY", "RUST", "SCIPY")  # of CVXPY's canonicalization
 MOST_PLANS = 64  # layouts kept, one for each combination of shapes and dtypes that was seen
 
 
@@ -101,6 +103,7 @@ class ConvexLayer(nn.Module):
     compiles_when_called: ClassVar[bool] = True
     """The first call may compile kernels, which is no part of the time of a decision."""
 
+    @checked(gp=FLAG, verbose=FLAG, check=FLAG, canon_backend=word(BACKENDS), on_failure=word(POLICIES))
     def __init__(
         self,
         problem: Any,
@@ -118,8 +121,6 @@ class ConvexLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_declaration(problem, parameters, variables)
-        if on_failure not in POLICIES:
-            raise OptionError(f"on_failure='{on_failure}': {suggest(on_failure, POLICIES)}")
         self.on_failure, self.gp = on_failure, gp
         self._declaration = Declaration.of(problem, parameters, variables)
         self._compiled, self._solver = _compile(self._declaration, solver, gp, canon_backend)
@@ -235,6 +236,8 @@ class ConvexLayer(nn.Module):
         if solver_args:
             options = read_options(self._solver, options, solver_args)
             limited = limited or is_limited(solver_args)
+        if warm_start is not False and not isinstance(warm_start, bool | LayerSolution | None):
+            raise OptionError(f"warm_start must be a LayerSolution, or True for the last one; got {shown(warm_start)}")
         call = Call(plan, options, limited, self._warm(warm_start, plan.size) if warm_start else None)
         variables = Solve.apply(call, *values)
         result = LayerSolution(variables, call.solution, plan.batch, limited)

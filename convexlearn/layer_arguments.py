@@ -3,15 +3,17 @@
 import logging
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from typing import Any
 
+import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
+from convexlearn.checks import number, shown
 from convexlearn.errors import (
     CompileError,
     DomainError,
@@ -23,6 +25,7 @@ from convexlearn.errors import (
     suggest,
 )
 from convexlearn.failures import collector
+from convexlearn.inputs import as_tensor
 from convexlearn.program.compiler import Compiled, ParameterSpec
 from convexlearn.program.program import Solution, Status
 from convexlearn.solvers.base import Options, Solver
@@ -34,10 +37,15 @@ IGNORED = ("acceleration_lookback", "solve_method", "mode")
 
 
 def check_declaration(problem: Any, parameters: Any, variables: Any) -> None:
+    if not isinstance(problem, cp.Problem):
+        raise CompileError(f"the layer's problem must be a cvxpy.Problem, got {shown(problem)}")
     if not isinstance(parameters, list | tuple):
         raise CompileError("The layer's parameters must be provided as a list or tuple")
     if not isinstance(variables, list | tuple):
         raise CompileError("The layer's variables must be provided as a list or tuple")
+    for p in parameters:
+        if not isinstance(p, cp.Parameter):
+            raise CompileError(f"The layer's parameters must be CVXPY parameters, got {shown(p)}")
     declared, given = ({p.id: p.name() for p in ps} for ps in (problem.parameters(), parameters))
     if declared.keys() != given.keys() or len(parameters) != len(given):
         missing = [name for i, name in declared.items() if i not in given]
@@ -61,6 +69,8 @@ def check_declaration(problem: Any, parameters: Any, variables: Any) -> None:
 
 def read_options(solver: Solver, base: Options, given: dict[str, Any]) -> Options:
     """`base` with the given options; names of other layers are translated or ignored with a debug log."""
+    if not isinstance(given, Mapping):
+        raise OptionError(f"solver_args must be a dict of solver options, got {shown(given)}")
     valid = {f.name for f in fields(base)}
     changes = {}
     for name, value in given.items():
@@ -68,7 +78,8 @@ def read_options(solver: Solver, base: Options, given: dict[str, Any]) -> Option
             changes[name] = value
         elif name in ALIASES:
             # statuses have fixed thresholds, so a looser tolerance would only turn into warnings
-            changes[ALIASES[name]] = min(value, base.tolerance) if ALIASES[name] == "tolerance" else value
+            tolerance = ALIASES[name] == "tolerance" and number().fits(value)
+            changes[ALIASES[name]] = min(value, base.tolerance) if tolerance else value
             logger.debug("solver option '%s' is read as '%s'", name, ALIASES[name])
         elif name in IGNORED:
             logger.debug("solver option '%s' does not apply to solver '%s' and is ignored", name, solver.name)
@@ -132,7 +143,7 @@ def fallback_rows(fallback: Any, compiled: Compiled, on_failure: str) -> tuple[T
     rows = []
     for value, output in zip(values, compiled.outputs):
         try:
-            row = torch.as_tensor(value, dtype=torch.float64).expand(output.shape)
+            row = as_tensor("fallback", value, "option").to(torch.float64).expand(output.shape)
         except RuntimeError as error:
             raise ShapeError(f"fallback of '{output.name}' must have shape {output.shape}") from error
         rows.append(row.reshape(-1))

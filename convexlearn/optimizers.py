@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import FUNCTION, checked, instance, number, shown
 from convexlearn.errors import OptionError
 
 
@@ -43,6 +44,12 @@ class ProximalGradient(torch.optim.Optimizer):
     tensor([1., 1.])
     """
 
+    @checked(
+        lr=number(above=0),
+        terms=instance(Mapping, "a dict of ProximalTerm by parameter"),
+        grow=number(least=1),
+        shrink=number(above=0, below=1),
+    )
     def __init__(
         self,
         params: Any,
@@ -52,14 +59,22 @@ class ProximalGradient(torch.optim.Optimizer):
         grow: float = 1.5,
         shrink: float = 0.5,
     ) -> None:
-        if not (lr > 0 and grow >= 1 and 0 < shrink < 1):
-            raise OptionError(f"ProximalGradient needs lr > 0, grow >= 1, 0 < shrink < 1; got {lr}, {grow}, {shrink}")
+        try:
+            params = [params] if isinstance(params, Tensor) else list(params)
+            valid = bool(params) and all(isinstance(p, Tensor | Mapping | tuple) for p in params)
+        except TypeError:
+            valid = False
+        if not valid:
+            raise OptionError(f"ProximalGradient: params must be parameters or groups of them, got {shown(params)}")
         super().__init__(params, {"lr": lr, "scale": 1.0, "grow": grow, "shrink": shrink})
+        if terms is not None and not all(isinstance(term, ProximalTerm) for term in terms.values()):
+            raise OptionError("ProximalGradient: terms must map parameters to ProximalTerm(penalty, prox)")
         self.terms = {} if terms is None else dict(terms)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) not in mine for p in self.terms):
             raise OptionError("ProximalGradient: terms has a parameter that is not optimized; name learned ones only")
 
+    @checked(closure=FUNCTION)
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One trial; returns the loss before it."""
         loss = closure()

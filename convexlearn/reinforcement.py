@@ -1,5 +1,6 @@
 """Model-free reinforcement learning of a neural rule by stable-baselines3, as a baseline (Example 12 of the paper)."""
 
+import inspect
 from types import ModuleType
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, suggest
+from convexlearn.checks import checked, count, shown, word
+from convexlearn.errors import OptionError, check_options
 from convexlearn.extras import require
 from convexlearn.rules.base import DecisionRule
 
@@ -23,6 +25,8 @@ class AgentRule(DecisionRule):
 
     def __init__(self, agent: Any) -> None:
         super().__init__()
+        if not hasattr(agent, "policy") or isinstance(agent, type):
+            raise OptionError(f"AgentRule: agent must be a trained algorithm of stable-baselines3, got {shown(agent)}")
         self.policy = agent.policy
 
     def forward(self, *x: Tensor) -> Tensor:
@@ -34,6 +38,7 @@ class AgentRule(DecisionRule):
         return torch.as_tensor(np.asarray(action)).to(x[0])
 
 
+@checked(steps=count(), algorithm=word(ALGORITHMS), seed=count(0))
 def learn_by_reinforcement(
     environment: Any, *, steps: int, algorithm: str = "PPO", seed: int = 0, **options: Any
 ) -> AgentRule:
@@ -45,12 +50,12 @@ def learn_by_reinforcement(
     Needs `pip install 'convexlearn[control]'`.
     """
     library = _library()
-    if algorithm not in ALGORITHMS:
-        raise OptionError(f"learn_by_reinforcement: algorithm '{algorithm}': {suggest(algorithm, ALGORITHMS)}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise OptionError(f"learn_by_reinforcement: steps must be a positive number of steps, got {steps!r}")
+    if not isinstance(environment, require("gymnasium", "control", "reinforcement learning").Env):
+        raise OptionError(f"learn_by_reinforcement: environment must be a gymnasium.Env, got {shown(environment)}")
+    kind = getattr(library, algorithm)
+    check_options(options, inspect.signature(kind.__init__).parameters, f"learn_by_reinforcement, {algorithm}")
     with _unchanged_generators():
-        agent = getattr(library, algorithm)("MlpPolicy", environment, seed=seed, device="cpu", **options)
+        agent = kind("MlpPolicy", environment, seed=seed, device="cpu", **options)
         agent.learn(steps)
     return AgentRule(agent)
 

@@ -4,12 +4,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from convexlearn.checks import AXES, NAMES, PATH, Check, checked, count, instance, number, require_that, shown, word
 from convexlearn.errors import OptionError, suggest
 from convexlearn.extras import require
 
 STYLES = ("plain", "markdown")
 
+TEXTS = Check(
+    "a list of texts",
+    lambda v: isinstance(v, Sequence) and not isinstance(v, str) and all(isinstance(t, str) for t in v),
+)
+ROWS = Check("a list of lists of texts", lambda v: isinstance(v, Sequence) and all(map(TEXTS.fits, v)))
+
+SIZE = Check(
+    "two positive numbers, in inches",
+    lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(number(above=0).fits(n) for n in v),
+)
+HISTORY = Check("a list of dicts, one per step", lambda v: isinstance(v, Iterable) and not isinstance(v, str | Mapping))
+FILE = Check("a path or an open file", lambda v: PATH.fits(v) or callable(getattr(v, "write", None)))
+
 TINY = 1e-6  # smaller numbers are written with an exponent
+
+
+REAL = Check("a number, or NaN", lambda v: isinstance(v, int | float | np.floating) and not isinstance(v, bool))
+SECONDS = Check("seconds, or NaN", lambda v: REAL.fits(v) and not v < 0)
 
 
 @dataclass(frozen=True)
@@ -19,6 +39,11 @@ class Estimate:
     mean: float
     standard_error: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "standard_error"):
+            require_that("Estimate", name, REAL, getattr(self, name))
+
+    @checked(digits=count())
     def text(self, digits: int = 3) -> str:
         """The mean with as many decimals as make `digits` digits of the larger of mean and error.
 
@@ -29,6 +54,15 @@ class Estimate:
             return f"{self.mean:.{digits - 1}e} ± {self.standard_error:.{digits - 1}e}"
         decimals = _decimals(max(abs(self.mean), abs(self.standard_error)), digits)
         return f"{self.mean:.{decimals}f} ± {self.standard_error:.{decimals}f}"
+
+
+ESTIMATES = Check(
+    "a dict of Estimates by the measures' names",
+    lambda v: isinstance(v, Mapping) and all(isinstance(k, str) and isinstance(e, Estimate) for k, e in v.items()),
+)
+COUNTS = Check(
+    "a dict of numbers of entries by role", lambda v: isinstance(v, Mapping) and all(map(REAL.fits, v.values()))
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +77,26 @@ class Record:
     parameters: Mapping[str, int] = field(default_factory=dict)
     seconds_per_decision: float | None = None
 
+    def __post_init__(self) -> None:
+        require_that("Record", "name", instance(str, "a text"), self.name)
+        require_that("Record", "measures", ESTIMATES, self.measures)
+        require_that("Record", "parameters", COUNTS, self.parameters)
+        if self.seconds_per_decision is not None:
+            require_that("Record", "seconds_per_decision", SECONDS, self.seconds_per_decision)
+
     def measure(self, name: str) -> Estimate:
         """The estimate of one measure; an unknown one is an OptionError."""
-        if name not in self.measures:
-            raise OptionError(f"record '{self.name}' has no measure '{name}'; {suggest(name, self.measures)}")
+        if not isinstance(name, str) or name not in self.measures:
+            raise OptionError(f"record '{self.name}' has no measure {name!r}; {suggest(name, self.measures)}")
         return self.measures[name]
 
 
+RECORDS = Check(
+    "a list of Records", lambda v: isinstance(v, Sequence) and all(isinstance(record, Record) for record in v)
+)
+
+
+@checked(records=RECORDS, style=word(STYLES), digits=count())
 def table(records: Sequence[Record], style: str = "plain", digits: int = 4) -> str:
     """A table with one row per record: measures, parameters by role, milliseconds per decision.
 
@@ -74,6 +121,7 @@ def table(records: Sequence[Record], style: str = "plain", digits: int = 4) -> s
     return format_table(header, rows, left, style)
 
 
+@checked(header=TEXTS, rows=ROWS, left=count(0), style=word(STYLES))
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, style: str = "plain") -> str:
     """Aligned text, or a markdown table; the first `left` columns are flush left, the others right.
 
@@ -82,8 +130,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     |:--|--:|
     | x | 1 |
     """
-    if style not in STYLES:
-        raise OptionError(f"table style '{style}': {suggest(style, STYLES)}")
+    for k, row in enumerate(rows):
+        if len(row) != len(header):
+            raise OptionError(f"format_table: rows must have {len(header)} cells as header, row {k} has {len(row)}")
     widths = [max(map(len, column)) for column in zip(header, *rows)]
 
     def line(cells: Sequence[str]) -> list[str]:
@@ -97,6 +146,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     return "\n".join("  ".join(line(cells)).rstrip() for cells in [header, rule, *rows])
 
 
+@checked(records=RECORDS)
 def to_json(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:
     """{rule: {measure: {"mean": ..., "standard_error": ...}}}, ready for json.dump."""
     return {
@@ -108,6 +158,7 @@ def to_json(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]
     }
 
 
+@checked(records=RECORDS, ax=AXES)
 def plot_records(records: Sequence[Record], measure: str, ax: Any = None) -> Any:
     """Means with error bars of one standard error, one row per record; returns the Axes."""
     ax = new_axes() if ax is None else ax
@@ -126,6 +177,7 @@ def plot_records(records: Sequence[Record], measure: str, ax: Any = None) -> Any
     return ax
 
 
+@checked(history=HISTORY, keys=NAMES, ax=AXES, label=instance(str, "a text"))
 def plot_history(
     history: Iterable[Mapping[str, Any]], keys: Sequence[str] = (), ax: Any = None, label: str = ""
 ) -> Any:
@@ -136,6 +188,9 @@ def plot_history(
     """
     ax = new_axes() if ax is None else ax
     steps = list(history)
+    for step in steps:
+        if not isinstance(step, Mapping):
+            raise OptionError(f"plot_history: history must hold a dict per step, got {shown(step)}")
     numeric = _union({k: 0 for k, v in step.items() if _is_number(v)} for step in steps)
     for key in keys:
         if steps and key not in numeric:
@@ -149,6 +204,7 @@ def plot_history(
     return ax
 
 
+@checked(rows=count(), columns=count(), size=SIZE)
 def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 4.0)) -> Any:
     """Axes on a new figure of `size` inches: one, or an array `(rows, columns)` of them.
 
@@ -158,8 +214,10 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 
     return figure.subplots(rows, columns, squeeze=rows == columns == 1)
 
 
+@checked(file=FILE, dpi=number(above=0))
 def save(ax: Any, file: Any, dpi: int = 150) -> None:
     """Write the figure that `ax` belongs to; the suffix of `file` chooses the format."""
+    require_that("save", "ax", AXES, ax)
     ax.figure.savefig(file, dpi=dpi)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import PATH, Check, checked, instance
 from convexlearn.convolution import Convolution
 from convexlearn.errors import FileError, OptionError, suggest
 from convexlearn.extras import require
@@ -68,6 +69,13 @@ MODULES: dict[str, tuple[type, tuple[str, ...]]] = {
 FUNCTIONS = {**{name: entry.prox for name, entry in PROXIMABLE.items()}, **SHRINKAGES}
 
 
+CLASSES = Check(
+    "a list of subclasses of DecisionRule",
+    lambda v: isinstance(v, list | tuple) and all(isinstance(c, type) and issubclass(c, LearnedParameters) for c in v),
+)
+
+
+@checked(path=PATH, classes=CLASSES)
 def save(rule: nn.Module, path: str | Path, *, classes: Sequence[type[LearnedParameters]] = ()) -> None:
     """Write a rule to one file that holds no code: what was declared, and every value that was tuned since.
 
@@ -115,6 +123,7 @@ def _asked(kind: str, name: str, path: str | Path) -> str:
     )
 
 
+@checked(path=PATH, classes=CLASSES, device=instance((str, torch.device), "a torch device"))
 def load(
     path: str | Path,
     *,
@@ -129,6 +138,7 @@ def load(
     of this kind is a FileError. Nothing of a file is executed: it names classes of a fixed table, every
     expression is checked, and values must lie in their domains.
     """
+    target = _device(device)
     tensors, content = _read(Path(path))
     unpacker = _RuleUnpacker(tensors, classes, builders)
     try:
@@ -149,7 +159,14 @@ def load(
         raise FileError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # constructors of rules and atoms refuse bad arguments with errors of many kinds
         raise FileError(f"{path} cannot be loaded: {type(error).__name__}: {str(error)[:500]}") from error
-    return restored.to(device)
+    return restored.to(target)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"load: device must be a torch device such as 'cpu', got {device!r}") from error
 
 
 class _RulePacker(Packer):

@@ -1,6 +1,5 @@
 """Tuning: choose a rule's parameters by gradient steps through the simulation (Eq. 17 of the paper)."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.checkpoint import chosen
+from convexlearn.checks import FLAG, FUNCTION, PATH, SEED, checked, count, number, optional, shown
 from convexlearn.descent import Descent, NonFiniteWarning, Rate, Sampler, Validation
 from convexlearn.errors import OptionError, suggest
 from convexlearn.evaluate import SAMPLES
@@ -27,6 +27,17 @@ VALIDATION_INTERVAL = 25
 LearningRate = Rate | Mapping[str, Rate]
 
 
+@checked(
+    steps=count(0),
+    batch_size=count(),
+    patience=count(),
+    clip=optional(number(above=0, infinite=True)),
+    seed=SEED,
+    regularizer=FUNCTION,
+    callback=FUNCTION,
+    progress=FLAG,
+    checkpoint=PATH,
+)
 def tune(
     rule: nn.Module,
     simulator: Any,
@@ -85,15 +96,6 @@ def tune(
     >>> round(rule.W.item(), 2)
     2.0
     """
-    for option, number, least in (
-        ("steps", steps, 0),
-        ("batch_size", batch_size, 1),
-        ("patience", patience, 1),
-    ):
-        if number is not None and (not isinstance(number, int) or number < least):
-            raise OptionError(f"tune: {option} must be an integer of at least {least}, got {number!r}")
-    if clip is not None and not clip > 0:
-        raise OptionError(f"tune: clip must be positive, or None for no bound, got {clip!r}")
     names = trainable(rule) if isinstance(rule, nn.Module) else {}
     if not names:
         raise OptionError("tune: the rule has no trainable parameter; choose some, as in rule.learn('rho')")
@@ -103,10 +105,13 @@ def tune(
         raise OptionError(f"tune: optimizer must be a class, such as torch.optim.SGD, got {optimizer!r}")
     groups, rates = _groups(rule, names, learning_rate)
     sampler = Sampler(simulator, batch_size, seed)
+    optimization = (optimizer or torch.optim.Adam)(groups)
+    if not isinstance(optimization, torch.optim.Optimizer):
+        raise OptionError(f"tune: optimizer(groups) must make a torch optimizer, got {shown(optimization)}")
     descent = Descent(
         rule=rule,
         names=names,
-        optimizer=(optimizer or torch.optim.Adam)(groups),
+        optimizer=optimization,
         rates=rates,
         sampler=sampler,
         objective=objective,
@@ -127,6 +132,10 @@ def tune(
 
 def _validation(validation: Any, objective: Objective, size: int) -> Validation:
     """`size`: samples per gradient step."""
+    if isinstance(validation, tuple) and len(validation) != 2:
+        raise OptionError(
+            f"tune: validation must be a simulator or a pair (simulator, objective), got {shown(validation)}"
+        )
     simulator, objective = validation if isinstance(validation, tuple) else (validation, objective)
     check_simulator(simulator, "tune, validation")
     check_objective(objective, "tune, validation")
@@ -151,10 +160,12 @@ def _groups(
         matches = [name for name in given if name and _within(key, name)]
         members.setdefault(max(matches, key=len, default=""), []).append(parameter)
     rates = [given.get(name, LEARNING_RATE) for name in members]
+    starts = []
     for name, rate in zip(members, rates):
-        if not callable(rate) and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
-            raise OptionError(f"tune: learning_rate{f' of {name!r}' if name else ''} must be >= 0, got {rate!r}")
-    starts = [float(rate(0) if callable(rate) else rate) for rate in rates]
+        start = rate(0) if callable(rate) else rate
+        if not number(least=0).fits(start):
+            raise OptionError(f"tune: learning_rate{f' of {name!r}' if name else ''} must be >= 0, got {shown(start)}")
+        starts.append(float(start))
     return [{"params": group, "lr": lr} for group, lr in zip(members.values(), starts)], rates
 
 

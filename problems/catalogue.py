@@ -11,6 +11,7 @@ from typing import Any
 import cvxpy as cp
 from torch import Tensor, nn
 
+from convexlearn.checks import FLAG, FUNCTION, SEED, count, require_that, shown
 from convexlearn.errors import OptionError, suggest
 from convexlearn.evaluate import Evaluation, evaluate
 from convexlearn.objectives import Objective
@@ -119,6 +120,13 @@ class ProblemEntry:
 
         `progress` shows a bar on terminals; `announce` gets one line before each fit.
         """
+        for option, check, value in (
+            ("seed", SEED, seed),
+            ("progress", FLAG, progress),
+            ("announce", FUNCTION, announce),
+        ):
+            require_that("tune", option, check, value)
+        _check_steps(steps)
         study = self.build(seed, self.configure(**options))
         budget, traces = Budget(_check_steps(steps), seed, progress), {}
         for name, contender in study.contenders.items():
@@ -134,6 +142,7 @@ class ProblemEntry:
         self, seed: int = 0, state: Mapping[str, Mapping[str, Tensor]] | None = None, **options: Any
     ) -> "Result":
         """Judge the contenders with the values in `state` (as from `Result.state`), or with their start values."""
+        require_that("evaluate", "seed", SEED, seed)
         study = self.build(seed, self.configure(**options))
         if state is not None:
             load(study, state)
@@ -197,6 +206,10 @@ def _measured(study: Study, rule: nn.Module, seed: int) -> dict[str, Evaluation]
 
 def load(study: Study, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Put saved values into the rules of a study; missing, unknown or misshapen ones are an OptionError."""
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Mapping) for k, v in state.items()
+    ):
+        raise OptionError(f"state must hold a dict of tensors per rule, as from Result.state(); got {shown(state)}")
     for name in study.contenders:
         if name not in state:
             raise OptionError(f"the saved state lacks the rule '{name}'; it holds {', '.join(state)}")
@@ -227,6 +240,8 @@ def find(name: str) -> ProblemEntry:
     'sparse-recovery'
     """
     known = entries()
+    if not isinstance(name, str):
+        raise OptionError(f"a problem's name is a text, got {shown(name)}; see entries()")
     key = name.replace("_", "-").lower()
     if key not in known:
         near = suggest(key, known)
@@ -236,8 +251,8 @@ def find(name: str) -> ProblemEntry:
 
 
 def _check_steps(steps: int | None) -> int | None:
-    if steps is not None and steps < 1:
-        raise OptionError(f"steps must be at least 1, got {steps}")
+    if steps is not None:
+        require_that("tune", "steps", count(), steps)
     return steps
 
 

@@ -19,7 +19,7 @@ class Subject:
 
     gaps: NaN is a missing observation. leading: any number of leading dimensions is a batch. lengths: sizes other
     than the batch are free, too. plain: a torch network, whose errors are torch's.
-    tolerance: between two solves.
+    diverges: large inputs overflow. optional: all inputs but the first may be left out. tolerance: between two solves.
     """
 
     call: Callable[..., Any]
@@ -28,6 +28,8 @@ class Subject:
     leading: bool = False
     lengths: bool = False
     plain: bool = False
+    diverges: bool = False
+    optional: bool = False
     tolerance: float = 1e-9
 
 

@@ -348,6 +348,6 @@ class SolverContract:
     def test_unknown_options(self, solver):
         with pytest.raises((OptionError, TypeError)):
             replace(solver.options(), tolerancee=1.0)
-        with pytest.raises(OptionError, match="max_iterations must be at least 1"):
+        with pytest.raises(OptionError, match="max_iterations must be an integer of at least 1"):
             solver.options(max_iterations=0)
         assert isinstance(solver.name, str)

@@ -85,5 +85,5 @@ def test_bad_shapes(pairs):
         AffineRule(torch.ones(2, 3))(torch.ones(1, 2))
     with pytest.raises(ShapeError, match="has not the 2 entries"):
         AffineRule(torch.ones(2, 3), shape=(3,))
-    with pytest.raises(ShapeError, match="as many contexts as decisions"):
+    with pytest.raises(ShapeError, match="as many contexts x as decisions s"):
         AffineRule.fit(pairs[0], pairs[1][:3])

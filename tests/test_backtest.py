@@ -177,9 +177,9 @@ def test_mistakes_are_named():
         Backtest(prices(), 2, names=["A", "B"])
     with pytest.raises(OptionError, match="fewer than lookback"):
         Backtest(prices(6), 5, lookback=1)
-    with pytest.raises(OptionError, match="stride must be a number of periods"):
+    with pytest.raises(OptionError, match="stride must be an integer of at least 1"):
         Backtest(prices(), 2, stride=0)
-    with pytest.raises(OptionError, match="trading is a cost"):
+    with pytest.raises(OptionError, match="trading must be a number of at least 0"):
         Backtest(prices(), 2, trading=-0.1)
     with pytest.raises(OptionError, match="batch_size must lie between 0 and 6"):
         Backtest(prices(), 2)(torch.zeros_like, 7)

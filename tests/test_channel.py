@@ -4,7 +4,7 @@ import pytest
 import torch
 from contracts import SimulatorContract
 
-from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.errors import DomainError, OptionError
 from convexlearn.evaluate import evaluate
 from convexlearn.objectives import error_rate
 from convexlearn.rules.channel_factors import ChannelFactor, Trellis
@@ -110,7 +110,7 @@ def test_wrong_arguments_are_refused():
         Channel(taps=TAPS, length=3, noise="poison")
     with pytest.raises(OptionError, match="deviation of gaussian noise"):
         Channel(taps=TAPS, length=3)
-    with pytest.raises(ShapeError, match="length at least 1"):
+    with pytest.raises(OptionError, match="length must be an integer of at least 1"):
         Channel(taps=TAPS, length=0, deviation=1.0)
     with pytest.raises(DomainError, match="a Poisson rate of"):
         Channel(taps=TAPS, length=30, noise="poisson").draw(1, generator())

@@ -7,7 +7,7 @@ import torch
 from contracts import SimulatorContract
 from torch import Tensor, nn
 
-from convexlearn.errors import FailureWarning, OptionError, ShapeError
+from convexlearn.errors import ConvexLearnError, FailureWarning, OptionError, ShapeError
 from convexlearn.evaluate import evaluate
 from convexlearn.failures import collector
 from convexlearn.objectives import cost
@@ -417,15 +417,15 @@ def test_mistakes_are_named():
     rule = linear_rule()
     with pytest.raises(OptionError, match="horizon must be a positive number of steps, got 0"):
         loop_of(PLANT, 0)
-    with pytest.raises(TypeError, match="initial must be a tensor"):
+    with pytest.raises(TypeError, match="initial must be a real tensor"):
         loop_of(PLANT, initial=3)
-    with pytest.raises(OptionError, match="batch_size must not be negative"):
+    with pytest.raises(OptionError, match="batch_size must be an integer of at least 0"):
         loop_of(PLANT)(rule, -1)
     cases = {
         r"plant\(z, u, w\) must return a state of the shape of z, \[\(3, 4\)\], got \[\(3, 2\)\]": loop_of(
             PLANT, noise=None, observe=None
         ),
-        r"stage_cost\(z, u\) must return one number per sample, \(3,\), got \(3, 4\)": loop_of(
+        r"stage_cost\(z, u\) must return one real number per sample, \(3,\), got \(3, 4\)": loop_of(
             PLANT, stage_cost=lambda z, u: z
         ),
         r"terminal_cost\(z\) must return": loop_of(PLANT, terminal_cost=lambda z: z),
@@ -441,14 +441,19 @@ def test_mistakes_are_named():
             loop(rule, 3, generator())
     with pytest.raises(ShapeError, match="the rule's decision must have the batch first"):
         loop_of(PLANT)(lambda x: torch.zeros(m), 3)
-    with pytest.raises(TypeError, match="stage_cost must be a function of tensors, got NoneType"):
+    with pytest.raises(TypeError, match="stage_cost must be a function or module, got None"):
         loop_of(PLANT, stage_cost=None)
 
 
 @pytest.mark.parametrize(
     ("rule", "options", "error", "where"),
     [
-        (lambda x: x[:, :3], {}, ShapeError, r"in plant\(z, u, w\) with u \(5, 3\) at step 0; the state is z \(5, 4\)"),
+        (
+            lambda x: x[:, :3],
+            {},
+            ShapeError,
+            r"in stage_cost\(z, u\) with u \(5, 3\) at step 0; the state is z \(5, 4\)",
+        ),
         (lambda x: x[:, 0, 0], {}, IndexError, "in the rule at step 0"),
         (linear_rule(), {"noise": lambda b, t: None}, TypeError, r"in noise\(batch, t, generator\) at step 0"),
         (linear_rule(), {"observe": lambda z: z}, TypeError, r"in observe\(z, t, w\) at step 0"),
@@ -460,3 +465,25 @@ def test_an_error_in_a_users_function_says_where(rule, options, error, where):
     """The error itself is kept; a note names the function, the step and the shapes."""
     with pytest.raises(error, match=f"ClosedLoop: {where}"):
         loop_of(PLANT, **options)(rule, 5, generator())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_a_state_of_integers_or_truth_values(dtype):
+    start = torch.tensor([1, 0, 0], dtype=dtype)
+    loop = ClosedLoop(
+        lambda z, u, w: z.roll(1, -1), 3, initial=start, stage_cost=lambda z, u: z.double().sum(-1), bound=1.0
+    )
+    rollout = loop(lambda z: torch.zeros(len(z), 1), 2)
+    assert not rollout.failed.any()
+    assert rollout.state.dtype == dtype
+    torch.testing.assert_close(rollout.state[0].double(), torch.eye(3).double()[[0, 1, 2, 0]])
+    grown = ClosedLoop(
+        lambda z, u, w: z + 1, 3, initial=start.long(), stage_cost=lambda z, u: z.double().sum(-1), bound=2.0
+    )
+    assert grown(lambda z: torch.zeros(len(z), 1), 2).failed_at.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("unsound", [lambda z: 1j * torch.zeros(len(z), 2), lambda z: (), lambda z: {"u": z}])
+def test_a_decision_that_is_no_real_tensor_is_named(unsound):
+    with pytest.raises(ConvexLearnError, match="the rule's decision"):
+        loop_of(PLANT)(unsound, 3)

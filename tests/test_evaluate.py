@@ -170,7 +170,7 @@ def test_single_sample_has_no_standard_error():
 def test_bad_options():
     with pytest.raises(OptionError, match=r"samples=7, but .* has 6"):
         evaluate(nn.Identity(), PAIRS, squared_error, samples=7)
-    with pytest.raises(OptionError, match="batch_size must be at least 1"):
+    with pytest.raises(OptionError, match="batch_size must be an integer of at least 1"):
         evaluate(nn.Identity(), PAIRS, squared_error, batch_size=0)
 
 

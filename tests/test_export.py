@@ -106,12 +106,12 @@ def test_cones_by_ecos(tmp_path):
 
 def test_what_cannot_be_exported(tmp_path):
     pytest.importorskip("cvxpygen")
-    with pytest.raises(OptionError, match="takes a ConvexRule"):
+    with pytest.raises(OptionError, match="rule must be a ConvexRule"):
         cl.export_c(cl.AffineRule(torch.eye(2)), tmp_path)
     with pytest.raises(OptionError, match="did you mean 'OSQP'"):
         cl.export_c(controller(), tmp_path, solver="OSPQ")
     for wrong in ({"tolerance": 0.0}, {"max_iterations": 0}):
-        with pytest.raises(OptionError, match="tolerance must lie between 0 and 1"):
+        with pytest.raises(OptionError, match="tolerance must be a number above 0 and below 1"):
             cl.export_c(controller(), tmp_path, **wrong)
     S, x = cp.Variable((2, 2), PSD=True), cp.Parameter((2, 2), name="x", symmetric=True)
     rule = cl.ConvexRule(cp.Problem(cp.Minimize(cp.sum_squares(S - x))), [x], S)

@@ -191,7 +191,7 @@ def test_a_model_that_needs_inputs_gets_them_at_every_step():
 def test_mistakes_are_named():
     with pytest.raises(MissingParameterError, match=r"V \(n, n\) and W \(p, p\) are needed"):
         ExtendedKalmanFilter(swing, bob, V)
-    with pytest.raises(TypeError, match="h must be a torch function, got Tensor"):
+    with pytest.raises(TypeError, match=r"h must be a function or module, got a torch\.float64 tensor"):
         ExtendedKalmanFilter(swing, C, V, W)
     with pytest.raises(ShapeError, match=r"h\(z\) must be \(2, 3\) for z \(2, 2\), got \(2, 2\)"):
         ExtendedKalmanFilter(swing, torch.clone, V, W, gain=0.1 * C.mT)(randn(1, 2, T, 3))

@@ -80,7 +80,7 @@ def test_weights_come_from_the_seed_alone():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(OptionError, match="architecture is 1 or 2, got 3"):
+    with pytest.raises(OptionError, match="architecture must be 1 or 2, got 3"):
         RecurrentGain(n, p, architecture=3)
     with pytest.raises(ShapeError, match=r"start must be \(3, 2\), got \(2, 3\)"):
         RecurrentGain(n, p, start=torch.zeros(2, 3))

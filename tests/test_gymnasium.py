@@ -175,7 +175,7 @@ def test_mistakes_are_named():
         EnvironmentRollouts("CartPole-v1", 3)(lambda x: x[:, :1], 1)
     with pytest.raises(ShapeError, match=r"actions have shape \(1,\), the rule's \(3,\)"):
         EnvironmentRollouts("Pendulum-v1", 3)(lambda x: x, 1)
-    with pytest.raises(OptionError, match="batch_size must be at least 1"):
+    with pytest.raises(OptionError, match="batch_size must be an integer of at least 1"):
         EnvironmentRollouts("Pendulum-v1", 3)(lambda x: x, 0)
     with pytest.raises(ShapeError, match="limit must hold one bound per entry"):
         environment(loop_of(Pendulum()), 2.0)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import fuzz_rules
 import pytest
 import torch
 from fuzz_subjects import Subject, subjects
@@ -17,7 +18,7 @@ from torch import Tensor
 import convexlearn as cl
 from convexlearn.errors import ConvexLearnError, ConvexLearnWarning
 
-SUBJECTS = subjects()
+SUBJECTS = subjects() | fuzz_rules.subjects()
 COUNTS: dict[str, int] = {}
 BAD = {"nan": float("nan"), "inf": float("inf"), "minus inf": float("-inf")}
 MODES = {
@@ -124,6 +125,8 @@ def test_dtypes(subject):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-300, 1e-12, 1e6, 1e12])
 def test_scales_give_numbers_or_an_error(subject, scale):
+    if subject.diverges and scale > 1:
+        return
     try:
         outputs = run(subject, "scale", replaced(subject.inputs, 0, scale * subject.inputs[0]))
     except ConvexLearnError:
@@ -166,12 +169,15 @@ def test_wrong_shapes_are_refused(subject):
 @pytest.mark.parametrize("junk", [None, "x", object(), [["a"], [1]], {"x": 1}], ids=lambda v: type(v).__name__)
 def test_what_is_no_tensor_is_refused(subject, junk):
     for k in range(len(subject.inputs)):
+        if junk is None and k and subject.optional:
+            continue
         with pytest.raises(ConvexLearnError):
             run(subject, "no tensor", replaced(subject.inputs, k, junk))
 
 
 def test_missing_and_superfluous_inputs_are_refused(subject):
     many = [] if subject.lengths else [(*subject.inputs, *subject.inputs, subject.inputs[0])]
-    for inputs in (subject.inputs[:-1], *many):
+    few = () if subject.optional else subject.inputs[:-1]
+    for inputs in (few, *many):
         with pytest.raises((ConvexLearnError, TypeError)):
             run(subject, "count", inputs)

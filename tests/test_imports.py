@@ -15,7 +15,7 @@ LONGEST = 400
 
 # A file imports only from files above it in this list; files on one line may import each other, without circles.
 ORDER = """
-errors extras failures randomness parallel checkpoint history optimizers distributed
+errors checks extras failures randomness parallel checkpoint history optimizers distributed
 inputs plain_data
 domains
 program.program

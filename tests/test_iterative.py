@@ -115,7 +115,7 @@ def test_layer_wise_losses():
 def test_unknown_names_are_refused():
     with pytest.raises(OptionError, match="did you mean 'step'"):
         Unfolded(ISTA(parts()), 3, untie=["stepp"])
-    with pytest.raises(OptionError, match="positive integer"):
+    with pytest.raises(OptionError, match="at least 1"):
         Unfolded(ISTA(parts()), 0)
     with pytest.raises(OptionError, match="did you mean 'unroll'"):
         Converged(ISTA(parts()), gradient="unrolled")

@@ -288,7 +288,7 @@ class TestOptions:
             box(*box_values(), solver_args={"tolerence": 1e-3})
         with pytest.raises(OptionError, match=r"did you mean 'max_iterations'"):
             ConvexLayer(*box_problem(), solver_args={"max_iteration": 3})
-        with pytest.raises(OptionError, match="tolerance must lie in"):
+        with pytest.raises(OptionError, match="tolerance must be a number above 0 and below 1"):
             box(*box_values(), solver_args={"tolerance": -1.0})
         with pytest.raises(OptionError, match="unknown solver 'dens'; did you mean 'dense'"):
             ConvexLayer(*box_problem(), solver="dens")

@@ -98,7 +98,7 @@ def with_entry(value):
         ({"R": -EYE[:2, :2]}, DomainError, "R must be positive semidefinite, .* clip its eigenvalues at zero"),
         ({"start": -EYE}, DomainError, "start must be positive semidefinite"),
         ({"W": EYE}, OptionError, "W is observation noise; give C too"),
-        ({"limit": -0.1}, OptionError, "limit must be positive, or None for free inputs, got -0.1"),
+        ({"limit": -0.1}, OptionError, "limit must be a number above 0, got -0.1"),
     ],
 )
 def test_mistakes_are_named(given, error, message):

@@ -70,7 +70,7 @@ def test_role_and_dtype():
     rule = NeuralRule(mlp(3, 2, hidden=(4,)))
     assert rule.count_parameters() == {Role.OBJECTIVE: 0, Role.HYPER: 0, Role.NETWORK: 26}
     assert rule(torch.ones(1, 3, dtype=torch.float64)).dtype == torch.float64
-    with pytest.raises(TypeError, match=r"wraps an nn\.Module"):
+    with pytest.raises(TypeError, match=r"network must be an nn\.Module"):
         NeuralRule(torch.relu)
     with pytest.raises(OptionError, match="at least 1"):
         ImageNetwork(depth=0)

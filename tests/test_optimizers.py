@@ -82,7 +82,7 @@ def test_a_checkpoint_continues_with_the_adapted_step(tmp_path):
 
 def test_mistakes_are_named():
     p, other = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-    with pytest.raises(OptionError, match="needs lr > 0"):
+    with pytest.raises(OptionError, match="lr must be a number above 0"):
         ProximalGradient([p], lr=0.0)
     with pytest.raises(OptionError, match="not optimized"):
         ProximalGradient([p], terms={other: SOFT})

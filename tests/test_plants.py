@@ -140,5 +140,5 @@ def test_linearization_stabilizes_the_pendulum():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(OptionError, match="method is 'rk4' or 'taylor'"):
+    with pytest.raises(OptionError, match="method must be one of 'rk4', 'taylor'"):
         Lorenz(method="euler")

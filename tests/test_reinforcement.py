@@ -69,5 +69,5 @@ def test_reinforcement_learns_to_control():
 def test_mistakes_are_named():
     with pytest.raises(OptionError, match="did you mean 'PPO'"):
         learn_by_reinforcement(Scalar(), steps=10, algorithm="PP0")
-    with pytest.raises(OptionError, match="steps must be a positive number"):
+    with pytest.raises(OptionError, match="steps must be an integer of at least 1"):
         learn_by_reinforcement(Scalar(), steps=0)

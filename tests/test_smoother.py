@@ -160,7 +160,7 @@ def test_proximal_gradient_lowers_the_error_on_hidden_entries():
 def test_mistakes_are_named():
     A, C, V, W = draw()
     x = randn(1, 2, T, p)
-    with pytest.raises(OptionError, match="decision is 'state' or 'observation'"):
+    with pytest.raises(OptionError, match="decision must be one of 'observation', 'state'"):
         KalmanSmoother(A, C, V, W, decision="input")
     with pytest.raises(OptionError, match="give its covariance too"):
         KalmanSmoother(A, C, V, W, state=np.zeros(n))

@@ -247,7 +247,7 @@ def test_wrong_arguments_are_refused():
         SumProduct(lambda x: x, labels=[0, 2])
     with pytest.raises(ShapeError, match="2 labels for 8 states"):
         SumProduct(ChannelFactor(TAPS, 1.0), labels=[0, 1])(blocks().x)
-    with pytest.raises(TypeError, match="module or function"):
+    with pytest.raises(TypeError, match="function or module"):
         SumProduct(torch.zeros(3, 3))
     assert "8 states, 2 labels" in repr(receiver())
 

@@ -135,7 +135,7 @@ def test_seed_roles_and_description():
 def test_mistakes_are_named():
     with pytest.raises(OptionError, match="splits is 'oblique'"):
         TreeRule(LEVELS, 3, splits="diagonal")
-    with pytest.raises(OptionError, match="depth must be a positive integer, got 0"):
+    with pytest.raises(OptionError, match="depth must be an integer of at least 1, got 0"):
         TreeRule(LEVELS, 3, depth=0)
     with pytest.raises(ShapeError, match=r"decisions must have shape \(N, \.\.\.\)"):
         TreeRule(1.0, 3)

@@ -436,7 +436,7 @@ def test_progress_is_quiet_off_a_terminal(capsys):
     [
         ({"steps": -1}, "steps must be an integer of at least 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
-        ({"clip": 0}, "clip must be positive"),
+        ({"clip": 0}, "clip must be a number above 0 or None"),
         ({"learning_rate": {"w": 0.1}}, "names 'w', which is not trained"),
         ({"learning_rate": {"W": -0.1}}, "learning_rate of 'W' must be >= 0"),
         ({"batch_size": 3, "patience": 2}, "patience needs a validation simulator"),

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import ShapeError
-from convexlearn.inputs import flattened
+from convexlearn.checks import FLAG, SIZES, checked, number
+from convexlearn.errors import DomainError, ShapeError
+from convexlearn.inputs import as_floating, flattened
 from convexlearn.rules.base import Context, DecisionRule, as_tuple
 from convexlearn.rules.parameters import Role
 
@@ -25,6 +26,7 @@ class AffineRule(DecisionRule):
     W: Tensor
     b: Tensor
 
+    @checked(shape=SIZES)
     def __init__(self, W: Any, b: Any = None, *, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.declare("W", W, role=Role.OBJECTIVE)
@@ -41,6 +43,7 @@ class AffineRule(DecisionRule):
             raise ShapeError(f"shape {self.shape} has not the {m} entries that W gives")
 
     @classmethod
+    @checked(ridge=number(least=0), intercept=FLAG)
     def fit(cls, x: Context, s: Tensor, *, ridge: float = 0.0, intercept: bool = True) -> "AffineRule":
         """The least-squares fit, in closed form: the model-based start of this rule.
 
@@ -51,9 +54,14 @@ class AffineRule(DecisionRule):
         >>> AffineRule.fit(x, 2 * x + 1).W.round(decimals=4).item()
         2.0
         """
-        X, S = (flattened(cls.__name__, as_tuple(t)).detach().double() for t in (x, s))
+        s = as_floating("s", s, "AffineRule.fit: decisions")
+        X, S = (flattened("AffineRule.fit", as_tuple(t)).detach().double() for t in (x, s))
         if len(X) != len(S) or len(X) == 0:
-            raise ShapeError(f"fit needs as many contexts as decisions, one at least; got {len(X)}, {len(S)}")
+            raise ShapeError(f"fit needs as many contexts x as decisions s, one at least; got {len(X)}, {len(S)}")
+        for name, flat in (("x", X), ("s", S)):
+            if not bool(torch.isfinite(flat).all()):
+                row = int(torch.nonzero(~torch.isfinite(flat))[0, 0])
+                raise DomainError(f"AffineRule.fit: {name} is NaN or infinite in sample {row}; leave such samples out")
         mean_x, mean_s = (t.mean(0) if intercept else torch.zeros_like(t[0]) for t in (X, S))
         X, S = X - mean_x, S - mean_s
         if ridge > 0:

@@ -1,16 +1,19 @@
 """The contract of decision rules: context x to decision s, batch first."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from convexlearn.errors import ShapeError
+from convexlearn.checks import FUNCTION, shown
+from convexlearn.errors import OptionError, ShapeError
 from convexlearn.inputs import as_contexts
 from convexlearn.rules.parameters import LearnedParameters, Role, count_parameters
 
 __all__ = ["Context", "DecisionRule", "ModuleRule", "Role", "as_rule", "as_tuple"]
+
+M = TypeVar("M")
 
 Context = Tensor | tuple[Tensor, ...]
 """A context: one tensor `(B, ...)`, or a tuple of them for a rule of several arguments."""
@@ -84,9 +87,18 @@ def as_rule(rule: Callable[..., Any]) -> DecisionRule:
     """
     if isinstance(rule, DecisionRule):
         return rule
-    if not callable(rule) or isinstance(rule, type):
-        raise TypeError(f"a rule is a DecisionRule, an nn.Module or a function x -> s, got {rule!r}")
+    if not FUNCTION.fits(rule):
+        raise OptionError(f"a rule is a DecisionRule, an nn.Module or a function x -> s, got {shown(rule)}")
     return ModuleRule(rule)
+
+
+def kept(rule: DecisionRule, memory: Any, kind: type[M]) -> M:
+    """The memory, which has to be one that this kind of rule has returned."""
+    if not isinstance(memory, kind):
+        raise OptionError(
+            f"{type(rule).__name__}: memory must be None or what start or the last decide returned, got {shown(memory)}"
+        )
+    return memory
 
 
 def as_tuple(x: Any) -> tuple:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.chain import ChainFactors
+from convexlearn.checks import checked, count, instance, require_that, shown, word
 from convexlearn.domains import Domain
-from convexlearn.errors import DomainError, OptionError, ShapeError, suggest
+from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.inputs import as_floating, as_tensor
 from convexlearn.rules.parameters import LearnedParameters
 
 NOISES = ("gaussian", "poisson")
@@ -29,8 +31,8 @@ class Trellis:
     memory: int
 
     def __post_init__(self) -> None:
-        if self.symbols < 2 or self.memory < 1:
-            raise OptionError(f"Trellis: symbols must be at least 2 and memory 1, got {self.symbols}, {self.memory}")
+        require_that("Trellis", "symbols", count(2), self.symbols)
+        require_that("Trellis", "memory", count(), self.memory)
 
     @property
     def size(self) -> int:
@@ -61,6 +63,13 @@ class Trellis:
         >>> Trellis(2, 2).states(torch.tensor([0, 1, 1]))
         tensor([1, 3])
         """
+        labels = as_tensor("labels", labels, "Trellis.states:")
+        if labels.is_floating_point() or not labels.ndim or labels.shape[-1] < self.memory:
+            raise ShapeError(
+                f"Trellis.states: labels must be integers (..., T), T >= {self.memory}, got {shown(labels)}"
+            )
+        if bool(((labels < 0) | (labels >= self.symbols)).any()):
+            raise DomainError(f"Trellis.states: labels must lie between 0 and {self.symbols - 1}")
         places = self.symbols ** torch.arange(self.memory - 1, -1, -1, device=labels.device)
         return (labels.unfold(-1, self.memory, 1) * places).sum(-1)
 
@@ -83,6 +92,7 @@ class ChannelFactor(LearnedParameters):
     transitions: Tensor
     points: Tensor
 
+    @checked(noise=word(NOISES))
     def __init__(
         self,
         taps: Any,
@@ -93,27 +103,36 @@ class ChannelFactor(LearnedParameters):
         constellation: Sequence[float] = (-1.0, 1.0),
     ) -> None:
         super().__init__()
-        if noise not in NOISES:
-            raise OptionError(f"ChannelFactor: noise '{noise}': {suggest(noise, NOISES)}")
         if (deviation is None) != (noise == "poisson"):
             raise OptionError("ChannelFactor: give the deviation of gaussian noise; poisson noise has none")
         self.noise = noise
         self.declare("taps", taps)
+        if not self.taps.ndim or not self.taps.shape[-1]:
+            raise ShapeError(f"ChannelFactor: taps must have shape (*chains, L), got {tuple(self.taps.shape)}")
+        symbols = as_tensor("constellation", constellation, "ChannelFactor:").double()
+        if symbols.ndim != 1 or len(symbols) < 2 or not bool(torch.isfinite(symbols).all()):
+            raise ShapeError("ChannelFactor: constellation must hold two finite numbers at least, one per symbol")
         name, level = ("deviation", deviation) if noise == "gaussian" else ("background", background)
-        level = torch.as_tensor(level, dtype=self.taps.dtype)
+        level = as_tensor(name, level).to(self.taps.dtype)
+        if not bool((level > 0).all()):
+            raise DomainError(f"ChannelFactor: parameter '{name}' must be positive, got {shown(level)}")
         self.declare(name, level, Domain.from_attributes(tuple(level.shape), {"pos": True}))
-        self.trellis = Trellis(len(constellation), self.taps.shape[-1])
-        points = torch.tensor(constellation, dtype=torch.float64)[self.trellis.digits]
+        self.trellis = Trellis(len(symbols), self.taps.shape[-1])
+        points = symbols.cpu()[self.trellis.digits]
         self.register_buffer("points", points, persistent=False)
         self.register_buffer("transitions", self.trellis.transitions, persistent=False)
 
     def forward(self, x: Tensor, taps: Tensor | None = None) -> ChainFactors:
         """Log potentials for x `(B, T)` or `(B, *chains, T)`."""
-        h = (self.taps if taps is None else taps).to(x.dtype)
-        if h.shape[-1] != self.trellis.memory:
+        x = as_floating("x", x, "ChannelFactor: context")
+        h = (self.taps if taps is None else as_floating("taps", taps, "ChannelFactor: context")).to(x.dtype)
+        if not h.ndim or h.shape[-1] != self.trellis.memory:
             raise ShapeError(
                 f"ChannelFactor: taps must have {self.trellis.memory} in the last axis, got {tuple(h.shape)}"
             )
+        chains, before = h.shape[:-1], x.shape[:-1]
+        if chains != (before if taps is not None else before[len(before) - len(chains) :]):
+            raise ShapeError(f"ChannelFactor: taps {tuple(h.shape)} do not fit x {tuple(x.shape)}: one per sequence")
         mean = (h @ self.points.to(x.dtype).mT)[..., None, :]  # (*chains, 1, S)
         x = x[..., None]
         if self.noise == "gaussian":
@@ -144,6 +163,7 @@ class LearnedFactor(nn.Module):
 
     transitions: Tensor
 
+    @checked(network=instance(nn.Module, "a module"), trellis=instance(Trellis, "a Trellis"))
     def __init__(self, network: nn.Module, trellis: Trellis) -> None:
         super().__init__()
         self.network, self.trellis = network, trellis
@@ -151,6 +171,7 @@ class LearnedFactor(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Scores `(B, *chains, T, S)` of the states given x alone, for training it as a classifier."""
+        x = as_floating("x", x, "LearnedFactor: context")
         weight = next(self.network.parameters(), x)
         return self.network(x[..., None].to(weight.dtype)).to(x.dtype)
 

@@ -7,14 +7,15 @@ import cvxpy as cp
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import FLAG, FUNCTION, checked, shown, word
 from convexlearn.domains import Domain
 from convexlearn.errors import CompileError, DomainError, MissingParameterError, OptionError, ShapeError, suggest
 from convexlearn.failures import collector
 from convexlearn.inputs import as_tensor
-from convexlearn.layer import ConvexLayer, LayerSolution
+from convexlearn.layer import POLICIES, ConvexLayer, LayerSolution
 from convexlearn.layer_arguments import result_type
 from convexlearn.program.declaration import value_of
-from convexlearn.rules.base import DecisionRule, Role, as_tuple
+from convexlearn.rules.base import DecisionRule, Role, as_tuple, kept
 from convexlearn.solvers.base import Solver
 
 
@@ -48,6 +49,7 @@ class ConvexRule(DecisionRule):
     tensor([[1.5000, 0.0000]], grad_fn=<AddBackward0>)
     """
 
+    @checked(features=FUNCTION, on_failure=word(POLICIES), gp=FLAG, check=FLAG)
     def __init__(
         self,
         problem: Any,
@@ -67,6 +69,8 @@ class ConvexRule(DecisionRule):
         context = list(context) if isinstance(context, list | tuple) else [context]
         outputs = list(decision) if isinstance(decision, list | tuple) else [decision]
         learned = _learned(problem, context, learn)
+        if not outputs:
+            raise OptionError("ConvexRule: decision is an empty list; name a variable or an affine expression")
         parameters = problem.parameters()
         self._single = not isinstance(decision, list | tuple)
         self._rollout = on_failure == "fallback" and fallback is None
@@ -119,7 +123,7 @@ class ConvexRule(DecisionRule):
     def decide(self, x: Any, memory: Memory | None = None) -> tuple[Any, Memory]:
         """One decision, warm-started by the memory of the last one."""
         arguments = self._arguments_of(as_tuple(x))
-        warm = memory.solution if memory is not None else False
+        warm = kept(self, memory, Memory).solution if memory is not None else False
         try:
             result = self._judged(arguments, warm)
         except DomainError:
@@ -136,15 +140,18 @@ class ConvexRule(DecisionRule):
                 )
                 for new, old in zip(decision, memory.decision)
             )
-        kept = LayerSolution((), result.solution, result.batch, result.limited)  # no graph
-        return decision[0] if self._single else decision, Memory(kept, decision)
+        last = LayerSolution((), result.solution, result.batch, result.limited)  # no graph
+        return decision[0] if self._single else decision, Memory(last, decision)
 
     def _judged(self, arguments: dict[str, Any], warm: LayerSolution | bool) -> LayerSolution:
         return self.layer.judged(*[arguments[name] for name in self.layer.parameter_names], warm_start=warm)
 
     def _arguments_of(self, x: tuple) -> dict[str, Any]:
         """Parameter values by name: context (through `features`) and declared parameters."""
-        values = as_tuple(self.features(*x)) if self.features is not None else x
+        values = x
+        if self.features is not None:
+            given = [part if isinstance(part, Tensor) else as_tensor("x", part, "context") for part in x]
+            values = as_tuple(self.features(*given))
         if len(values) != len(self.context_names):
             raise ShapeError(
                 f"the rule has {len(self.context_names)} context parameters ({', '.join(self.context_names)}), "
@@ -188,18 +195,23 @@ class _Function(nn.Module):
 def _learned(problem: Any, context: list, learn: Any) -> tuple[str, ...]:
     """Names of the parameters to train."""
     if not isinstance(problem, cp.Problem):
-        raise CompileError(f"the first argument must be a cvxpy.Problem, got {type(problem).__name__}")
+        raise CompileError(f"the first argument, problem, must be a cvxpy.Problem, got {type(problem).__name__}")
     names = {p.name(): p for p in problem.parameters()}
     for p in context:
         if not isinstance(p, cp.Parameter):
             raise CompileError(f"context must be parameters of the problem themselves, got {p!r}")
     fed = [p.name() for p in context]
+    if len(set(fed)) < len(fed):
+        raise OptionError(f"context names a parameter twice: {', '.join(fed)}")
     for p in context:
         if names.get(p.name()) is not p:
             raise CompileError(f"context parameter '{p.name()}' is not in the problem; it has {list(names)}")
     if learn is None:
         return tuple(n for n in names if n not in fed)
-    listed = [learn] if isinstance(learn, str | cp.Expression) else list(learn)
+    listed = [learn] if not isinstance(learn, list | tuple | set | frozenset) else list(learn)
+    for p in listed:
+        if not isinstance(p, str | cp.Parameter):
+            raise OptionError(f"learn takes parameters of the problem or their names, got {shown(p)}")
     chosen = [p if isinstance(p, str) else p.name() for p in listed]
     for name in chosen:
         if name not in names:

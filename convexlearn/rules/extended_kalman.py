@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexlearn.checks import FUNCTION, checked
 from convexlearn.errors import MissingParameterError, ShapeError
+from convexlearn.inputs import as_tensor
 from convexlearn.rules.state_filter import StateFilter
 
 
@@ -26,6 +28,7 @@ class ExtendedKalmanFilter(StateFilter):
     tensor([0.5000, 0.6244])
     """
 
+    @checked(f=FUNCTION, h=FUNCTION)
     def __init__(
         self,
         f: Callable[..., Tensor],
@@ -37,16 +40,15 @@ class ExtendedKalmanFilter(StateFilter):
         correction: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, function in (("f", f), ("h", h)):
-            if not callable(function):
-                raise TypeError(f"ExtendedKalmanFilter: {name} must be a torch function, got {type(function).__name__}")
         self.f, self.h = f, h
         shape = getattr(gain, "shape", None)
         if shape is None and (V is None or W is None):
             raise MissingParameterError("ExtendedKalmanFilter: V (n, n) and W (p, p) are needed for the Riccati gain")
-        self._sizes = tuple(shape) if shape is not None else (len(V), len(W))
+        if shape is None:
+            shape = tuple(size for name, M in (("V", V), ("W", W)) for size in as_tensor(name, M).shape[-1:])
+        self._sizes = tuple(shape)
         if len(self._sizes) != 2:
-            raise ShapeError(f"ExtendedKalmanFilter: gain must be (n, p), got {self._sizes}")
+            raise ShapeError(f"ExtendedKalmanFilter: V, W must be square matrices and gain (n, p), got {self._sizes}")
         self.fill_slots(V, W, gain, features, correction)
 
     @property

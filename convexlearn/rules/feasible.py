@@ -10,8 +10,10 @@ from cvxpy.constraints.zero import Equality, Zero
 from torch import Tensor, nn
 
 from convexlearn.affine_maps import affine_map
+from convexlearn.checks import FUNCTION, checked, shown, word
 from convexlearn.errors import CompileError, OptionError, ShapeError
-from convexlearn.inputs import as_contexts
+from convexlearn.inputs import as_contexts, as_tensor
+from convexlearn.layer import POLICIES
 from convexlearn.program.declaration import Declaration
 from convexlearn.rules.base import DecisionRule, ModuleRule, as_tuple
 from convexlearn.rules.convex import ConvexRule, Memory
@@ -49,6 +51,7 @@ class FeasibleRule(DecisionRule):
             [2., 0.]])
     """
 
+    @checked(network=FUNCTION, features=FUNCTION, on_failure=word(POLICIES))
     def __init__(
         self,
         network: Callable[..., Any],
@@ -67,6 +70,8 @@ class FeasibleRule(DecisionRule):
         super().__init__()
         fed = list(context) if isinstance(context, list | tuple) else [context]
         outputs = list(decision) if isinstance(decision, list | tuple) else [decision]
+        if not outputs:
+            raise OptionError("FeasibleRule: decision is an empty list; name a variable or an affine expression")
         _check_constraints(constraints, fed)
         target = _stacked(outputs) if free is None else _stacked([free])
         if free is not None:
@@ -133,6 +138,9 @@ def _check_constraints(constraints: Any, context: list[Any]) -> None:
                 f"constraint {k}, {constraint}, is not convex; bound convex expressions above and concave ones below, "
                 "equate affine ones only"
             )
+    for p in context:
+        if not isinstance(p, cp.Parameter):
+            raise CompileError(f"context must be parameters of the constraints themselves, got {shown(p)}")
     known = {id(p): p.name() for c in constraints for p in c.parameters()}
     if OUTPUT in known.values():
         raise OptionError(f"a parameter of the constraints is named '{OUTPUT}', which the projection needs; rename it")
@@ -158,7 +166,10 @@ def _projection(constraints: Sequence[Any], target: Any, weight: Any) -> tuple[c
     output = cp.Parameter(target.size, name=OUTPUT)
     difference = target - output
     if weight is not None:
-        root = np.broadcast_to(np.asarray(weight, dtype=float), target.shape)
+        given = as_tensor("weight", weight, "FeasibleRule: option").detach().cpu().double().numpy()
+        if given.shape not in {(), target.shape}:
+            raise ShapeError(f"weight must be one number or {target.size} of them, got shape {given.shape}")
+        root = np.broadcast_to(given, target.shape)
         if not (root > 0).all() or not np.isfinite(root).all():
             raise OptionError(f"weight must be positive and finite, one number or {target.size} of them; got {weight}")
         difference = cp.multiply(np.sqrt(root), difference)

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn.adjoints import attach_implicit_gradient, converge
+from convexlearn.checks import NAMES, checked, count, instance, number, word
 from convexlearn.domains import Domain
 from convexlearn.errors import ConvexLearnWarning, LimitWarning, OptionError, ShapeError, listed, suggest
+from convexlearn.inputs import as_floating
 from convexlearn.iterations.base import Iteration, Slot
 from convexlearn.rules.base import DecisionRule, Role
 from convexlearn.split_instance import Instance
 
 POSITIVE = 1e-6
 """Slots are declared positive by a softplus, whose start must lie at least this far above zero."""
+
+
+ITERATION = instance(Iteration, "an iteration, as cl.ISTA(cl.split(problem, context, decision))")
 
 
 class HyperparameterWarning(ConvexLearnWarning):
@@ -90,7 +95,7 @@ class IterativeRule(DecisionRule):
         """Let `tune` train these (default: all that is declared); a slot not yet learned is declared, tied."""
         slots = {s.name for s in self.iteration.slots}
         for name in names:
-            if name in slots and name not in self._slots:
+            if isinstance(name, str) and name in slots and name not in self._slots:
                 self._add_slot(name, False)
                 arguments, keywords = self._arguments
                 known = keywords.get("learn")
@@ -136,11 +141,10 @@ class Unfolded(IterativeRule):
     tensor([[1.5000, 0.0000]])
     """
 
+    @checked(iteration=ITERATION, layers=count(), untie=NAMES, learn=NAMES)
     def __init__(
         self, iteration: Iteration, layers: int, *, untie: Sequence[str] = (), learn: Sequence[str] = ()
     ) -> None:
-        if not isinstance(layers, int) or layers < 1:
-            raise OptionError(f"Unfolded: the number of layers must be a positive integer, got {layers!r}")
         super().__init__(iteration, layers, untie, learn)
 
     @property
@@ -161,6 +165,7 @@ class Unfolded(IterativeRule):
         decisions = [split.decide(self.iteration.decision(state), instance) for state in states]
         return torch.stack(decisions) if split.single else tuple(torch.stack(parts) for parts in zip(*decisions))
 
+    @checked(layers=count())
     def truncated(self, layers: int) -> "Unfolded":
         """The first `layers` layers as a rule that shares their parameters, for training layer by layer."""
         if not 1 <= layers <= self.layers:
@@ -205,6 +210,13 @@ class Converged(IterativeRule):
     tensor([[1.5000, 0.0000]])
     """
 
+    @checked(
+        iteration=ITERATION,
+        tol=number(above=0),
+        max_iterations=count(),
+        gradient=word(("implicit", "unroll")),
+        learn=NAMES,
+    )
     def __init__(
         self,
         iteration: Iteration,
@@ -214,8 +226,6 @@ class Converged(IterativeRule):
         gradient: str = "implicit",
         learn: Sequence[str] | None = None,
     ) -> None:
-        if gradient not in ("implicit", "unroll"):
-            raise OptionError(f"Converged: gradient='{gradient}'; {suggest(gradient, ('implicit', 'unroll'))}")
         self.__dict__["gradient"] = gradient
         chosen = [p.name for p in iteration.split.parameters.values() if p.learned] if learn is None else list(learn)
         iteration.check_convergent(chosen)
@@ -304,15 +314,23 @@ def _checked_limits(iteration: Iteration) -> Mapping[str, float]:
     return bounds
 
 
+@checked(net=instance(Unfolded, "an Unfolded"))
 def iterate_loss(net: Unfolded, x: Any, s: Tensor, weights: Tensor | None = None) -> Tensor:
     """Weighted squared error `(B,)` of all iterates after the first, a loss that trains every layer directly.
 
     weights `(K,)`: by default k / sum k, which counts late layers more.
     """
+    s = s if isinstance(s, Tensor) and s.is_complex() else as_floating("s", s, "iterate_loss: target")
     iterates = net.iterates(*(x if isinstance(x, tuple) else (x,)))[1:]
+    if s.is_complex() and not iterates.is_complex():
+        raise ShapeError(f"iterate_loss: target 's' is complex ({s.dtype}), the decisions are real")
     if iterates.shape[1:] != s.shape:
         raise ShapeError(f"iterates have shape {tuple(iterates.shape[1:])}, targets {tuple(s.shape)}; they must agree")
     K = len(iterates)
-    weights = torch.arange(1, K + 1, dtype=s.real.dtype) * 2 / (K * (K + 1)) if weights is None else weights
-    errors = (iterates - s).abs().square().reshape(K, len(s), -1).sum(-1)
+    if weights is None:
+        weights = torch.arange(1, K + 1, dtype=s.real.dtype) * 2 / (K * (K + 1))
+    weights = as_floating("weights", weights, "iterate_loss: option")
+    if weights.shape != (K,) or not bool(torch.isfinite(weights).all()):
+        raise ShapeError(f"iterate_loss: weights must be finite and have shape ({K},), got {tuple(weights.shape)}")
+    errors = (iterates - s).abs().square()[..., None].flatten(2).sum(-1)
     return weights.to(errors) @ errors

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convexlearn.domains import Domain
+from convexlearn.checks import checked, count
 from convexlearn.errors import DomainError, OptionError, ShapeError
-from convexlearn.inputs import as_contexts
+from convexlearn.inputs import as_contexts, as_tensor, start_state
 from convexlearn.riccati import (
     check_psd,
     dlyap,
@@ -17,7 +17,7 @@ from convexlearn.riccati import (
     lqr_gain,
     lqr_recursion,
 )
-from convexlearn.rules.base import DecisionRule
+from convexlearn.rules.base import DecisionRule, kept
 from convexlearn.rules.kalman import declare_model
 
 
@@ -59,6 +59,7 @@ class LQR(DecisionRule):
     Q: Tensor
     R: Tensor
 
+    @checked(horizon=count())
     def __init__(self, A: Any, B: Any, Q: Any, R: Any, *, horizon: int | None = None, terminal: Any = None) -> None:
         super().__init__()
         declare_model(self, {"A": A, "B": B})
@@ -84,13 +85,13 @@ class LQR(DecisionRule):
 
     def start(self, x: Tensor) -> FeedbackMemory:
         """The gains, computed once per rollout."""
-        _check_state(self, "z", x, len(self.A))
+        x = _state(self, "z", x, len(self.A))
         return FeedbackMemory(-_stacked(self.control_gain).to(x.dtype).mT)
 
     def decide(self, x: Tensor, memory: FeedbackMemory | None = None) -> tuple[Tensor, FeedbackMemory]:
         """s `(B, m)` for the state x `(B, n)`."""
-        memory = self.start(x) if memory is None else memory
-        _check_state(self, "z", x, memory.feedback.shape[1])
+        memory = self.start(x) if memory is None else kept(self, memory, FeedbackMemory)
+        x = _state(self, "z", x, memory.feedback.shape[1])
         t = _position(self, memory.step)
         return x @ memory.feedback[t], memory._replace(step=memory.step + 1)
 
@@ -129,6 +130,7 @@ class LQG(DecisionRule):
     V: Tensor
     W: Tensor
 
+    @checked(horizon=count())
     def __init__(
         self,
         A: Any,
@@ -147,10 +149,10 @@ class LQG(DecisionRule):
         declare_model(self, {"A": A, "B": B, "C": C})
         _declare_weights(self, Q, R, horizon, terminal)
         for name, value, size in (("V", V, len(self.A)), ("W", W, len(self.C))):
-            self.declare(name, value, Domain.from_attributes((size, size), {"PSD": True}))
+            self.declare_psd(name, value, size)
         if covariance is not None:
             _needs_horizon("covariance", horizon)
-            self.declare("covariance", covariance, self._declared["V"].domain, learned=False)
+            self.declare_psd("covariance", covariance, len(self.A), learned=False)
 
     @property
     def recursive(self) -> bool:
@@ -194,16 +196,16 @@ class LQG(DecisionRule):
     def start(self, x: Tensor, state: Tensor | None = None) -> ControlMemory:
         """The gains, computed once per rollout, and the state `(B, n)` expected before the first observation."""
         A, B, C = self.A, self.B, self.C
-        _check_state(self, "x", x, len(C))
+        x = _state(self, "x", x, len(C))
         K, L = _stacked(self.control_gain), _stacked(self.filter_gain)
         constants = (M.to(x.dtype).mT for M in (-K, L, A - B @ K, C))
-        prior = x.new_zeros(len(x), len(A)) if state is None else state.to(x.dtype).expand(len(x), len(A))
+        prior = start_state(type(self).__name__, state, x, len(A))
         return ControlMemory(prior, 0, *constants)
 
     def decide(self, x: Tensor, memory: ControlMemory | None = None) -> tuple[Tensor, ControlMemory]:
         """s `(B, m)` after the observation x `(B, p)`; the memory predicts the next state with it."""
-        memory = self.start(x) if memory is None else memory
-        _check_state(self, "x", x, memory.observe.shape[1])
+        memory = self.start(x) if memory is None else kept(self, memory, ControlMemory)
+        x = _state(self, "x", x, memory.observe.shape[1])
         t = _position(self, memory.step)
         innovation = torch.addmm(x, memory.prior, memory.observe, alpha=-1)
         missing = torch.isnan(x)
@@ -221,7 +223,7 @@ def _declare_weights(rule: Any, Q: Any, R: Any, horizon: int | None, terminal: A
         _needs_horizon("terminal", horizon)
         weights["terminal"] = (terminal, n)
     for name, (value, size) in weights.items():
-        rule.declare(name, value, Domain.from_attributes((size, size), {"PSD": True}), learned=False)
+        rule.declare_psd(name, value, size, learned=False)
 
 
 def _control_gain(rule: Any) -> Tensor:
@@ -248,10 +250,20 @@ def _position(rule: Any, step: int) -> int:
     return step
 
 
-def _check_state(rule: DecisionRule, name: str, x: Any, size: int) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != size:
-        got = tuple(x.shape) if isinstance(x, Tensor) else f"{len(x)} contexts" if isinstance(x, tuple) else repr(x)
+def _state(rule: DecisionRule, name: str, x: Any, size: int) -> Tensor:
+    """x `(B, size)`, floating: a gain in the dtype of integers would be rounded."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != size or x.is_complex():
+        got = (
+            x.dtype
+            if isinstance(x, Tensor) and x.is_complex()
+            else tuple(x.shape)
+            if isinstance(x, Tensor)
+            else f"{len(x)} contexts"
+            if isinstance(x, tuple)
+            else repr(x)
+        )
         raise ShapeError(f"{type(rule).__name__}: {name} must have shape (B, {size}) per step, got {got}")
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def _needs_horizon(name: str, horizon: int | None) -> None:
@@ -266,7 +278,7 @@ def _needs_stationary(rule: Any) -> None:
 
 def _covariance(name: str, value: Any, like: Tensor) -> Tensor:
     """The covariance in float64; it must be PSD and as large as `like` has rows."""
-    M, n = torch.as_tensor(value, dtype=like.dtype), len(like)
+    M, n = as_tensor(name, value, "average_cost:").to(like.dtype), len(like)
     if tuple(M.shape) != (n, n):
         raise ShapeError(f"average_cost: {name} must have shape ({n}, {n}), got {tuple(M.shape)}")
     if not bool(torch.isfinite(M).all()):

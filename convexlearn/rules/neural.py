@@ -1,7 +1,10 @@
 """T5: a neural network as a decision rule."""
 
+import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import SIZES, checked, instance
+from convexlearn.errors import ShapeError
 from convexlearn.inputs import as_contexts
 from convexlearn.rules.base import DecisionRule
 
@@ -17,17 +20,21 @@ class NeuralRule(DecisionRule):
     26
     """
 
+    @checked(network=instance(nn.Module, "an nn.Module"), shape=SIZES)
     def __init__(self, network: nn.Module, *, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"NeuralRule wraps an nn.Module, got {network!r}")
         self.network = network
         self.shape = shape
 
     def forward(self, *x: Tensor) -> Tensor:
         """s `(B, ...)`, computed in the network's dtype and returned in that of x."""
         s = run_network(self.network, as_contexts(type(self).__name__, x))
-        return s if self.shape is None else s.reshape(len(s), *self.shape)
+        if self.shape is None:
+            return s
+        if s.shape[1:].numel() != torch.Size(self.shape).numel():
+            got = f"the network gives {tuple(s.shape)} and shape is {tuple(self.shape)}"
+            raise ShapeError(f"NeuralRule: {got}, of other size per sample; set its last layer, or shape, accordingly")
+        return s.reshape(len(s), *self.shape)
 
 
 def run_network(network: nn.Module, x: tuple[Tensor, ...]) -> Tensor:

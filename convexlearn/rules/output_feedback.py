@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.rules.base import DecisionRule, as_rule, as_tuple
+from convexlearn.rules.base import DecisionRule, as_rule, as_tuple, kept
 from convexlearn.rules.kalman import Belief, KalmanFilter
 
 
@@ -37,7 +37,7 @@ class OutputFeedback(DecisionRule):
     def __init__(self, estimator: KalmanFilter, policy: Any) -> None:
         super().__init__()
         if not isinstance(estimator, KalmanFilter):
-            raise TypeError(f"OutputFeedback: estimator must be a KalmanFilter, got {type(estimator).__name__}")
+            raise OptionError(f"OutputFeedback: estimator must be a KalmanFilter, got {type(estimator).__name__}")
         if "B" not in estimator._declared:
             raise OptionError("OutputFeedback: the policy's inputs move the state; build the KalmanFilter with B")
         self.estimator, self.policy = estimator, as_rule(policy)
@@ -53,11 +53,11 @@ class OutputFeedback(DecisionRule):
 
     def decide(self, x: Any, memory: EstimateMemory | None = None) -> tuple[Tensor, EstimateMemory]:
         """s `(B, m)` after the observation x `(B, p)`, or a tuple of it and further contexts of the policy."""
-        memory = self.start(x) if memory is None else memory
+        memory = self.start(x) if memory is None else kept(self, memory, EstimateMemory)
         observation, *rest = as_tuple(x)
         mean, belief = self.estimator.decide(observation, memory.belief)
         context = (mean, *rest) if rest else mean
-        kept = memory.policy if memory.step else self.policy.start(context)
-        s, kept = self.policy.decide(context, kept)
+        inner = memory.policy if memory.step else self.policy.start(context)
+        s, inner = self.policy.decide(context, inner)
         belief = belief._replace(prior=self.estimator.transition(mean, s))
-        return s, EstimateMemory(belief, kept, memory.step + 1)
+        return s, EstimateMemory(belief, inner, memory.step + 1)

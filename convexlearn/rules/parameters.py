@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import FLAG, checked, instance
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError, suggest
+from convexlearn.inputs import as_floating, as_tensor
 
 
 class Role(Enum):
@@ -61,6 +63,7 @@ class LearnedParameters(nn.Module):
         self._declared = {}
         self.free = nn.ParameterDict()
 
+    @checked(domain=instance(Domain, "a Domain"), role=instance(Role, "a Role"), learned=FLAG)
     def declare(
         self,
         name: str,
@@ -77,13 +80,24 @@ class LearnedParameters(nn.Module):
         self._check_name(name)
         if value is None:
             raise MissingParameterError(f"parameter '{name}' has no value; set one before building the rule")
-        tensor = _tensor(value)
+        tensor = _tensor(name, value)
         domain = Domain(tuple(tensor.shape)) if domain is None else domain
         check_value(name, tensor, domain)
         self._declared[name] = Declaration(domain, role)
         self.register_buffer(name, tensor, persistent=False)
         if learned:
             self._free_up(name)
+
+    def declare_psd(self, name: str, value: Any, size: int, *, learned: bool = True) -> None:
+        """Declare a positive semidefinite matrix `(size, size)`, one for the whole batch."""
+        self.declare(name, value, Domain.from_attributes((size, size), {"PSD": True}), learned=learned)
+        self.check_dimensions(name, 2)
+
+    def check_dimensions(self, name: str, dimensions: int) -> None:
+        """Refuse a stack of values where one serves the whole batch."""
+        got = tuple(self.value(name).shape)
+        if len(got) != dimensions:
+            raise ShapeError(f"{type(self).__name__}: parameter '{name}' must have {dimensions} dimensions, got {got}")
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -92,14 +106,14 @@ class LearnedParameters(nn.Module):
 
     def value(self, name: str) -> Tensor:
         """The declared parameter `name` in its domain, differentiable when learned."""
-        if name in self.free:
+        if self._known(name) in self.free:
             return self._declared[name].domain.from_free(self.free[name])
-        return self._buffers[self._known(name)]  # pyright: ignore[reportReturnType]
+        return self._buffers[name]  # pyright: ignore[reportReturnType]
 
     def assign(self, name: str, value: Any) -> None:
         """Give the declared parameter `name` a new value in its domain; also written `rule.name = value`."""
         old, domain = self.value(name), self._declared[name].domain
-        tensor = _tensor(value).to(old)
+        tensor = _tensor(name, value).to(old)
         if tensor.shape != old.shape:
             raise ShapeError(f"parameter '{name}' has shape {tuple(old.shape)}, got {tuple(tensor.shape)}")
         check_value(name, tensor, domain)
@@ -130,8 +144,9 @@ class LearnedParameters(nn.Module):
         own = [_typed(name) for name, _ in self.named_parameters()]
         valid = {*declared, *own, *(p for p, _ in self.named_modules() if p and not p.endswith("free"))}
         for name in names:
-            if name not in valid:
-                raise OptionError(f"{type(self).__name__} has no parameter '{name}'; {suggest(name, valid)}")
+            if not isinstance(name, str) or name not in valid:
+                near = suggest(str(name), valid)
+                raise OptionError(f"{type(self).__name__} has no parameter {name!r}; {near}")
 
         def chosen(key: str) -> bool:
             return not names or any(key == name or key.startswith(name + ".") for name in names)
@@ -157,13 +172,13 @@ class LearnedParameters(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def _known(self, name: str) -> str:
-        if name not in self._declared:
-            raise OptionError(f"no declared parameter '{name}'; {suggest(name, self._declared)}")
+        if not isinstance(name, str) or name not in self._declared:
+            raise OptionError(f"no declared parameter {name!r}; {suggest(str(name), self._declared)}")
         return name
 
     def _check_name(self, name: str) -> None:
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise OptionError(f"parameter name '{name}' is no Python identifier; rename it, for instance to 'rho'")
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise OptionError(f"parameter name {name!r} is no Python identifier; rename it, for instance to 'rho'")
         if name in self._declared:
             raise OptionError(f"two parameters are named '{name}'; give each its own name")
         if hasattr(self, name) or hasattr(self.free, name):
@@ -232,12 +247,11 @@ def _typed(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "free")
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(name: str, value: Any) -> Tensor:
+    """The value as a real tensor of its own memory; sparse matrices become dense, numbers and lists float64."""
     if isinstance(value, Tensor):
-        tensor = value.detach().clone()
-        return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-    dense = value.toarray() if hasattr(value, "toarray") else value
-    return torch.tensor(dense, dtype=torch.float64)
+        return as_floating(name, value).detach().clone()
+    return as_tensor(name, value.toarray() if hasattr(value, "toarray") else value).to(torch.float64, copy=True)
 
 
 def check_value(name: str, value: Tensor, domain: Domain) -> None:

@@ -10,14 +10,18 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import torch
+from cvxpy.constraints.constraint import Constraint
 from torch import Tensor
 
+from convexlearn.checks import FUNCTION, NAMES, checked, number, shown
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, OptionError, ShapeError, suggest
+from convexlearn.inputs import as_tensor
 from convexlearn.riccati import dare
 from convexlearn.rules.convex import ConvexRule
 
 
+@checked(constraints=FUNCTION, learn=NAMES)
 def adp(
     A: Any,
     B: Any,
@@ -52,10 +56,11 @@ def adp(
     if q is not None or "q" in learn:
         cost += terms["q"] @ y
     declared = [y == terms["A"] @ x + terms["B"] @ u, *_within("limit", u, limit, m)]
-    declared += [] if constraints is None else list(constraints(u, y))
+    declared += [] if constraints is None else _constraints(constraints(u, y))
     return ConvexRule(cp.Problem(cp.Minimize(cost), declared), context=x, decision=u, learn=list(learn), **options)
 
 
+@checked(learn=NAMES, soft=number(above=0))
 def mpc(
     A: Any,
     B: Any,
@@ -89,15 +94,15 @@ def mpc(
     tensor([-0.5000, -0.7000])
     """
     given = {"A": A, "B": B, "Q": Q, "R": R, "terminal": terminal, "forecast": forecast}
-    given = {name: value for name, value in given.items() if value is not None}
     shapes = {"A": "nn", "B": "nm", "Q": "nn", "R": "mm", "terminal": "nn", "forecast": "nk"}
+    given = {k: value for k, value in given.items() if value is not None or k not in ("terminal", "forecast")}
     n, m = _check_model("mpc", given, {name: shapes[name] for name in given})
     if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
         raise OptionError(f"mpc: horizon must be a positive number of steps, got {horizon!r}")
-    if soft is not None and (state_limit is None or not soft > 0):
+    if soft is not None and state_limit is None:
         raise OptionError(f"mpc: soft is the positive weight of leaving state_limit, got {soft!r} and {state_limit!r}")
     if terminal is None:
-        given["terminal"] = dare(*(_tensor(given[name]) for name in ("A", "B", "Q", "R"))).numpy()
+        given["terminal"] = dare(*(_tensor(name, given[name]) for name in ("A", "B", "Q", "R"))).numpy()
     terms = _Terms("mpc", given, learn)
     x, u, z = cp.Parameter(n, name="x"), cp.Variable((horizon, m), name="u"), cp.Variable((horizon + 1, n), name="z")
     context, drift = [x], 0
@@ -120,6 +125,17 @@ def mpc(
     return ConvexRule(cp.Problem(cp.Minimize(cost), declared), context, u[0], learn=list(learn), **options)
 
 
+def _constraints(given: Any) -> list[Any]:
+    """What the caller's function returned, which has to be CVXPY constraints."""
+    found = list(given) if isinstance(given, list | tuple) else [given]
+    for constraint in found:
+        if not isinstance(constraint, Constraint):
+            raise OptionError(
+                f"adp: constraints(u, y) must return a list of CVXPY constraints, got {shown(constraint)}"
+            )
+    return found
+
+
 class _Terms:
     """The matrices of a recipe by name: constants, or parameters where learned; weights are PSD."""
 
@@ -130,7 +146,7 @@ class _Terms:
         self.weights: dict[str, np.ndarray] = {}
         self.parameters: dict[str, Any] = {}
         for name, value in given.items():
-            array = _tensor(value).numpy()
+            array = _tensor(name, value).numpy()
             if name in ("Q", "R", "terminal"):
                 Domain.from_attributes(array.shape, {"PSD": True}).check(name, torch.as_tensor(array))
             self.weights[name] = array
@@ -151,10 +167,12 @@ def _within(name: str, v: Any, limit: Any, size: int, slack: Any = 0) -> list[An
     """low - slack <= v <= high + slack, v `(size,)` or `(T, size)`; infinite bounds are left out."""
     if limit is None:
         return []
-    low, high = limit if isinstance(limit, tuple | list) and len(limit) == 2 else (_negative(limit), limit)
+    low, high = limit if isinstance(limit, tuple | list) and len(limit) == 2 else (_negative(name, limit), limit)
     bounds = []
     for value in (low, high):
-        array = np.asarray(_tensor(value))
+        array = np.asarray(_tensor(name, value))
+        if bool(np.isnan(array).any()):
+            raise DomainError(f"{name} has NaN entries; inf is no limit")
         if array.shape not in {(), (size,)}:
             raise ShapeError(f"{name} must be a number, a vector ({size},) or a pair (low, high), got {array.shape}")
         bounds.append(np.broadcast_to(array, (size,)))
@@ -169,21 +187,21 @@ def _within(name: str, v: Any, limit: Any, size: int, slack: Any = 0) -> list[An
     return rows
 
 
-def _negative(limit: Any) -> Any:
-    return -_tensor(limit)
+def _negative(name: str, limit: Any) -> Any:
+    return -_tensor(name, limit)
 
 
 def _check_model(recipe: str, given: dict[str, Any], letters: dict[str, str]) -> tuple[int, int]:
     """(n, m); all matrices must fit and be finite."""
     sizes: dict[str, int] = {}
     for name, wanted in letters.items():
-        value = _tensor(given[name])
+        value = _tensor(name, given.get(name))
         fits = value.ndim == len(wanted) and all(
             sizes.setdefault(k, size) == size for k, size in zip(wanted, value.shape)
         )
         if not fits:
             expected = ", ".join(f"{k} ({', '.join(v)})" for k, v in letters.items())
-            got = ", ".join(f"{k} {tuple(_tensor(given[k]).shape)}" for k in letters)
+            got = ", ".join(f"{k} {tuple(_tensor(k, given.get(k)).shape)}" for k in letters)
             raise ShapeError(f"{recipe}: {name} does not fit: expected {expected}; got {got}")
         if not bool(torch.isfinite(value).all()):
             raise DomainError(f"{recipe}: {name} has NaN or infinite entries")
@@ -191,11 +209,11 @@ def _check_model(recipe: str, given: dict[str, Any], letters: dict[str, str]) ->
 
 
 def _columns(name: str, value: Any) -> int:
-    shape = _tensor(value).shape
+    shape = _tensor(name, value).shape
     if len(shape) != 2:
         raise ShapeError(f"{name} must be a matrix, got shape {tuple(shape)}")
     return shape[1]
 
 
-def _tensor(value: Any) -> Tensor:
-    return value.detach().cpu().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+def _tensor(name: str, value: Any) -> Tensor:
+    return as_tensor(name, value).detach().cpu().double()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.block_tridiagonal import solve
+from convexlearn.checks import checked, word
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, OptionError, ShapeError
 from convexlearn.inputs import as_contexts
@@ -42,6 +43,7 @@ class KalmanSmoother(DecisionRule):
     V: Tensor
     W: Tensor
 
+    @checked(decision=word(DECISIONS))
     def __init__(
         self,
         A: Any,
@@ -54,17 +56,16 @@ class KalmanSmoother(DecisionRule):
         decision: str = "state",
     ) -> None:
         super().__init__()
-        if decision not in DECISIONS:
-            raise OptionError(f"KalmanSmoother: decision is 'state' or 'observation', got {decision!r}")
         self.output = decision
         declare_model(self, {"A": A, "C": C})
         self.learn("A", "C")
         n, p = self.C.shape[1], self.C.shape[0]
         for name, value, size in (("V", V, n), ("W", W, p)):
-            self.declare(name, value, Domain.from_attributes((size, size), {"PSD": True}))
+            self.declare_psd(name, value, size)
         if covariance is not None:
-            self.declare("covariance", covariance, Domain.from_attributes((n, n), {"PSD": True}), learned=False)
+            self.declare_psd("covariance", covariance, n, learned=False)
             self.declare("state", torch.zeros(n).double() if state is None else state, Domain((n,)), learned=False)
+            self.check_dimensions("state", 1)
         elif state is not None:
             raise OptionError("KalmanSmoother: state is a mean; give its covariance too")
 

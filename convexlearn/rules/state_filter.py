@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import FUNCTION, require_that
 from convexlearn.domains import Domain
 from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError
 from convexlearn.gain_networks import GainSignals
-from convexlearn.inputs import as_floating
-from convexlearn.riccati import FilterGains, kalman_update
-from convexlearn.rules.base import DecisionRule, as_tuple
+from convexlearn.inputs import as_floating, refuse_not_finite, start_state
+from convexlearn.riccati import FilterGains, check_psd, kalman_update
+from convexlearn.rules.base import DecisionRule, as_tuple, kept
 
 
 class Belief(NamedTuple):
@@ -79,15 +80,15 @@ class StateFilter(DecisionRule):
             if value is None and gain is None:
                 raise MissingParameterError(f"{owner}: {name} ({size}, {size}) is needed for the Riccati gain")
             if value is not None:
-                domain = Domain.from_attributes((size, size), {"PSD": True})
-                self.declare(name, value, domain, learned=gain is None)
+                self.declare_psd(name, value, size, learned=gain is None)
         if gain is None or isinstance(gain, nn.Module):
             self.gain = gain
         else:
             self.declare("gain", gain, Domain((self.n, self.p)))
+            self.check_dimensions("gain", 2)
         for name, module in (("features", features), ("correction", correction)):
-            if module is not None and not callable(module):
-                raise TypeError(f"{owner}: {name} must be a module or function, got {type(module).__name__}")
+            if module is not None:
+                require_that(owner, name, FUNCTION, module)
         self.features, self.correction = features, correction
 
     @property
@@ -125,10 +126,14 @@ class StateFilter(DecisionRule):
         """The covariance before the first observation, float64."""
         if covariance is None:
             return self.default_covariance()
+        covariance = as_floating("covariance", covariance, f"{type(self).__name__}: argument")
         if tuple(covariance.shape) not in {(self.n, self.n), (batch, self.n, self.n)}:
             shapes = f"({self.n}, {self.n}) or ({batch}, {self.n}, {self.n})"
             raise ShapeError(f"covariance must be {shapes}, got {tuple(covariance.shape)}")
-        return covariance.double()
+        refuse_not_finite("covariance", covariance)
+        covariance = covariance.double()
+        check_psd("covariance", (covariance + covariance.mT) / 2)
+        return covariance
 
     def default_covariance(self) -> Tensor:
         """The covariance before the first observation where none is given."""
@@ -164,18 +169,27 @@ class StateFilter(DecisionRule):
 
     def start(self, x: Any, state: Tensor | None = None, covariance: Tensor | None = None) -> Belief:
         """The belief before the first observation; x `(B, ...)` gives the batch; zero state by default."""
-        y = self._features(as_tuple(x)[0]).values
+        y = self._features(self._observed(x)).values
         return self._start(self._start_state(state, y), covariance)
 
     def decide(self, x: Any, memory: Belief | None = None) -> tuple[Tensor, Belief]:
         """Filtered mean `(B, n)` after x `(B, p)`; a tuple (x, s) predicts the next state with input s `(B, m)`."""
-        parts = as_tuple(x)
-        belief = self.start(parts[0]) if memory is None else memory
-        y = self._features(parts[0])
-        s = parts[1] if len(parts) > 1 else None
-        self._accept(s)
+        first = self._observed(x)
+        belief = self.start(first) if memory is None else kept(self, memory, Belief)
+        y = self._features(first)
+        s = x[1] if isinstance(x, tuple) and len(x) > 1 else None
+        if s is not None:
+            self._accept(s)
+            s = as_floating("s", s, f"{type(self).__name__}: input").to(y.values.dtype)
+            if s.ndim != 2 or len(s) != len(first) or s.shape[1] != (self._inputs or s.shape[1]):
+                raise ShapeError(f"s must have shape ({len(first)}, {self._inputs or 'm'}), got {tuple(s.shape)}")
         update, belief = self._step(belief, y, s, self._covariances(y.ratios))
         return update.decision, belief
+
+    def _observed(self, x: Any) -> Tensor:
+        """The observations of one time, the first part of a tuple."""
+        parts = as_tuple(x)
+        return as_floating("x", parts[0] if parts else None, f"{type(self).__name__}: context")
 
     def _accept(self, inputs: Tensor | None) -> None:
         """Refuse inputs that the model has no place for."""
@@ -276,13 +290,7 @@ class StateFilter(DecisionRule):
         return Moments(mean, covariances_of_gain(L, C, self._noise(seen.ratios)))
 
     def _start_state(self, state: Tensor | None, y: Tensor) -> Tensor:
-        batch = len(y)
-        if state is None:
-            return y.new_zeros(batch, self.n)
-        if tuple(state.shape) not in {(self.n,), (batch, self.n)}:
-            raise ShapeError(f"state must have shape ({self.n},) or ({batch}, {self.n}), got {tuple(state.shape)}")
-        _refuse_not_finite("state", state)
-        return state.to(y.dtype).expand(batch, self.n)
+        return start_state(type(self).__name__, state, y, self.n)
 
     def _features(self, x: Tensor) -> Observations:
         """Observations `(B, p)` of one time, NaN where missing."""
@@ -318,10 +326,11 @@ class StateFilter(DecisionRule):
         if inputs is None:
             return seen, None, prior
         self._accept(inputs)
-        m = self._inputs or inputs.shape[-1]
+        inputs = as_floating("inputs", inputs, f"{type(self).__name__}: argument")
+        m = self._inputs or (inputs.shape[-1] if inputs.ndim else 1)
         if tuple(inputs.shape) not in {(batch, steps, m), (batch, steps - 1, m)}:
             raise ShapeError(f"inputs must have shape ({batch}, {steps}, {m}), got {tuple(inputs.shape)}")
-        _refuse_not_finite("inputs", inputs)
+        refuse_not_finite("inputs", inputs)
         return seen, inputs[:, : steps - 1].to(y.dtype), prior
 
     @property
@@ -360,14 +369,6 @@ def _signals(belief: Belief, y: Tensor, predicted: Tensor) -> GainSignals:
     if last is None:
         return GainSignals(y, y, predicted, prior, prior, prior, prior)
     return GainSignals(y, last.observation, predicted, prior, last.prior, last.mean, last.mean_before)
-
-
-def _refuse_not_finite(name: str, value: Tensor) -> None:
-    bad = ~torch.isfinite(value.detach())
-    if bool(bad.any()):
-        raise DomainError(
-            f"{name} is NaN or infinite at index {tuple(torch.nonzero(bad)[0].tolist())}; only x may have NaN entries"
-        )
 
 
 def _check_ratios(ratios: Tensor, y: Tensor) -> None:

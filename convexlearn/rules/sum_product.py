@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from convexlearn.chain import SEMIRINGS, ChainFactors, best_path, log_marginals
-from convexlearn.errors import OptionError, ShapeError, suggest
-from convexlearn.inputs import as_contexts
+from convexlearn.checks import FUNCTION, checked, shown, word
+from convexlearn.errors import OptionError, ShapeError
+from convexlearn.inputs import as_contexts, as_tensor
 from convexlearn.rules.base import DecisionRule
 
 
@@ -36,6 +37,7 @@ class SumProduct(DecisionRule):
     labels: Tensor | None
     initial: Tensor | None
 
+    @checked(factor=FUNCTION, semiring=word(SEMIRINGS))
     def __init__(
         self,
         factor: Callable[..., ChainFactors | Tensor],
@@ -45,15 +47,13 @@ class SumProduct(DecisionRule):
         semiring: str = "sum",
     ) -> None:
         super().__init__()
-        if not callable(factor):
-            raise TypeError(f"SumProduct: factor is a module or function of x, got {type(factor).__name__}")
-        if semiring not in SEMIRINGS:
-            raise OptionError(f"SumProduct: semiring '{semiring}': {suggest(semiring, SEMIRINGS)}")
         self.factor, self.semiring = factor, semiring
-        numbers = None if labels is None else torch.as_tensor(labels)
+        numbers = None if labels is None else _numbers(labels)
         if numbers is not None and (numbers.ndim != 1 or sorted(set(numbers.tolist())) != list(range(_top(numbers)))):
             raise OptionError(f"SumProduct: labels must use each of 0 to M - 1, one per state; got {labels}")
-        start = None if initial is None else torch.as_tensor(initial)
+        start = None if initial is None else as_tensor("initial", initial, "SumProduct:")
+        if start is not None and (start.ndim != 1 or bool(torch.isnan(start).any())):
+            raise ShapeError(f"SumProduct: initial must be log potentials (S,) without NaN, got {shown(start)}")
         self.register_buffer("labels", numbers, persistent=False)
         self.register_buffer("initial", start, persistent=False)
 
@@ -92,6 +92,13 @@ class SumProduct(DecisionRule):
             return parts.amax(-1)
         impossible = parts.amax(-1) == -math.inf  # logsumexp has no gradient there
         return torch.logsumexp(parts.masked_fill(impossible[..., None], 0.0), -1).masked_fill(impossible, -math.inf)
+
+
+def _numbers(labels: Any) -> Tensor:
+    numbers = as_tensor("labels", labels, "SumProduct:")
+    if numbers.is_floating_point():  # a list of numbers is read so, too
+        numbers = torch.where(numbers == numbers.round(), numbers, -1.0).long()
+    return numbers
 
 
 def _top(labels: Tensor) -> int:

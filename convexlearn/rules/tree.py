@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexlearn.checks import FLAG, checked, count, number
 from convexlearn.domains import Domain
 from convexlearn.errors import OptionError, ShapeError
-from convexlearn.inputs import flattened
+from convexlearn.inputs import as_floating, flattened
 from convexlearn.rules.base import DecisionRule
 
 NONNEGATIVE = Domain.from_attributes((), {"nonneg": True})
@@ -44,6 +45,7 @@ class TreeRule(DecisionRule):
     decisions: Tensor
     temperature: Tensor
 
+    @checked(inputs=count(), depth=count(), temperature=number(least=0), learn_decisions=FLAG, seed=count(0))
     def __init__(
         self,
         decisions: Any,
@@ -58,13 +60,10 @@ class TreeRule(DecisionRule):
         super().__init__()
         if splits not in ("oblique", "axis"):
             raise OptionError(f"TreeRule: splits is 'oblique' (w'x > b) or 'axis' (x_j > b), got {splits!r}")
-        for name, number in (("inputs", inputs), ("depth", depth)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise OptionError(f"TreeRule: {name} must be a positive integer, got {number!r}")
         self.depth, self.splits = depth, splits
         self.declare("decisions", decisions, learned=learn_decisions)
-        if self.decisions.ndim == 0:
-            raise ShapeError("TreeRule: decisions must have shape (N, ...), one row per decision")
+        if self.decisions.ndim == 0 or not len(self.decisions):
+            raise ShapeError("TreeRule: decisions must have shape (N, ...), one row per decision, and one at least")
         rng, dtype = np.random.default_rng(seed), self.decisions.dtype
         leaves = 2**depth
         weights = rng.normal(size=(leaves - 1, inputs)) / np.sqrt(inputs)
@@ -72,7 +71,7 @@ class TreeRule(DecisionRule):
         self.declare("weights", torch.tensor(weights, dtype=dtype))
         self.declare("thresholds", torch.zeros(leaves - 1, dtype=dtype))
         self.declare("choices", torch.tensor(choices, dtype=dtype))
-        self.declare("temperature", torch.tensor(temperature, dtype=dtype), NONNEGATIVE, learned=False)
+        self.declare("temperature", torch.tensor(float(temperature), dtype=dtype), NONNEGATIVE, learned=False)
 
     @property
     def hard(self) -> bool:
@@ -84,6 +83,7 @@ class TreeRule(DecisionRule):
         self.assign("temperature", 0.0)
         return self
 
+    @checked(factor=number(least=0), least=number(least=0))
     def anneal(self, factor: float, least: float = 1e-3) -> None:
         """Multiply the temperature by `factor`, but not below `least`."""
         self.assign("temperature", max(float(self.temperature) * factor, least))
@@ -95,14 +95,21 @@ class TreeRule(DecisionRule):
         if flat.shape[1] != self.weights.shape[1]:
             raise ShapeError(f"x has {flat.shape[1]} entries per sample, but the tree takes {self.weights.shape[1]}")
         if self.hard:
-            s = decisions[self.choices.argmax(-1)[self.leaf(flat)]]
+            s = decisions[self.choices.argmax(-1)[self._leaf(flat)]]
             lost = torch.isnan(flat).any(1)  # every comparison with NaN is false: without this, a decision by chance
             return torch.where(lost.reshape(-1, *[1] * (s.ndim - 1)), torch.nan, s) if bool(lost.any()) else s
         shares = torch.softmax(self.choices.to(flat.dtype) / self.temperature.to(flat.dtype), -1)
         return torch.einsum("bl,lk,k...->b...", self._leaf_probabilities(flat), shares, decisions)
 
     def leaf(self, x: Tensor) -> Tensor:
-        """`(B,)` number of the leaf that x `(B, n)` reaches; a true condition leads right."""
+        """`(B,)` number of the leaf that x `(B, n)` reaches, -1 where x has a NaN; a true condition leads right."""
+        x = as_floating("x", x, "TreeRule.leaf: context")
+        if x.ndim != 2 or x.shape[1] != self.weights.shape[1]:
+            raise ShapeError(f"TreeRule.leaf: x must have shape (B, {self.weights.shape[1]}), got {tuple(x.shape)}")
+        lost = torch.isnan(x).any(1)  # every comparison with NaN is false: without this, a leaf by chance
+        return torch.where(lost, -1, self._leaf(x))
+
+    def _leaf(self, x: Tensor) -> Tensor:
         weights = self._hard_weights().to(x.dtype)
         right = x @ weights.mT > self.thresholds.to(x.dtype)
         node = torch.zeros(len(x), dtype=torch.long, device=x.device)

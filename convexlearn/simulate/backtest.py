@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.checks import FUNCTION, GENERATOR, Check, checked, count, number, require_that, shown
+from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError
+from convexlearn.inputs import as_tensor, check_noise, check_rows
+from convexlearn.simulate.base import rows_of
 from convexlearn.simulate.closed_loop import ClosedLoop, Rollout
 
 
@@ -20,6 +23,11 @@ class Holdings(NamedTuple):
 
     weights: Tensor
     wealth: Tensor
+
+
+COST = number(least=0)
+NAMES = Check("a list of names", lambda v: isinstance(v, Sequence) and not isinstance(v, str))
+START = Check("weights (n,) or a function of the rule giving them", lambda v: isinstance(v, Tensor) or FUNCTION.fits(v))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +50,35 @@ class Portfolio:
     interest: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("trading", "shorting"):
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"Portfolio: {name} is a cost, nonnegative; got {getattr(self, name)!r}")
+        for name, check in (("trading", COST), ("shorting", COST), ("interest", number())):
+            require_that("Portfolio", name, check, getattr(self, name))
 
     def cost(self, weights: Tensor, trades: Tensor) -> Tensor:
         """Costs of trading and of short positions, `(B,)`, as shares of the wealth."""
+        self._check(weights, trades)
+        return self._cost(weights, trades)
+
+    def _check(self, weights: Any, trades: Any, returns: Any = 0.0) -> None:
+        n = weights.shape[-1] if isinstance(weights, Tensor) and weights.ndim else 1
+        for name, value in (("weights", weights), ("u", trades)):
+            check_rows("Portfolio", name, value, n)
+            check_noise("Portfolio", value, weights)
+        check_noise("Portfolio", returns, weights)
+
+    def _cost(self, weights: Tensor, trades: Tensor) -> Tensor:
         shorts = (-(weights + trades)).clamp(min=0).sum(-1)
         return self.trading * trades.abs().sum(-1) + self.shorting * shorts
 
     def __call__(self, z: Holdings, u: Tensor, w: Tensor) -> Holdings:
         """Holdings after the trades u and the returns w."""
+        if not isinstance(z, tuple) or len(z) != 2:
+            raise MissingParameterError(f"Portfolio: z must be Holdings, got {shown(z)}")
+        z = Holdings(*z)
+        self._check(z.weights, u, w)
+        if not isinstance(z.wealth, Tensor) or z.wealth.shape != z.weights.shape[:-1] or z.wealth.is_complex():
+            raise ShapeError(f"Portfolio: wealth must be real, {tuple(z.weights.shape[:-1])}, got {shown(z.wealth)}")
         after = z.weights + u
-        cash = 1 - after.sum(-1) - self.cost(z.weights, u)
+        cash = 1 - after.sum(-1) - self._cost(z.weights, u)
         positions = after * w
         growth = (1 + self.interest) * cash + positions.sum(-1)
         growth = torch.where(growth > 0, growth, torch.nan)
@@ -91,6 +115,7 @@ class Backtest:
     tensor([[1.0000, 1.5000, 2.5000]])
     """
 
+    @checked(horizon=count(), stride=count(), lookback=count(0), start=START, stage_cost=FUNCTION, names=NAMES)
     def __init__(
         self,
         prices: Any,
@@ -105,18 +130,17 @@ class Backtest:
         stage_cost: Callable[[Tensor], Tensor] = loss,
         names: Sequence[str] | None = None,
     ) -> None:
-        prices = torch.as_tensor(prices)
+        prices = as_tensor("prices", prices, "Backtest:")
         self.returns = _returns(prices, names)
         self.plant = Portfolio(trading=trading, shorting=shorting, interest=interest)
         stride = horizon if stride is None else stride
-        for option, number, least in (("horizon", horizon, 1), ("stride", stride, 1), ("lookback", lookback, 0)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise OptionError(f"Backtest: {option} must be a number of periods >= {least}, got {number!r}")
         if lookback + horizon > len(self.returns):
             raise OptionError(
                 f"Backtest: {len(prices)} prices give {len(self.returns)} returns, fewer than "
                 f"lookback + horizon = {lookback + horizon}; shorten them or give a longer record"
             )
+        if isinstance(start, Tensor):
+            self._weights(start)
         self.horizon, self.stride, self.lookback = horizon, stride, lookback
         self.start, self.stage_cost = start, stage_cost
         self.starts = torch.arange(lookback, len(self.returns) - horizon + 1, stride)
@@ -140,9 +164,11 @@ class Backtest:
         """The windows at `indices` (k,), in this order."""
         other = object.__new__(Backtest)
         other.__dict__.update(self.__dict__)
-        other.starts = self.starts[indices.to(self.starts.device)]
+        rows = rows_of("Backtest.subset: indices", indices, len(self))
+        other.starts = self.starts[rows.to(self.starts.device)]
         return other
 
+    @checked(batch_size=count(0), generator=GENERATOR)
     def __call__(self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None) -> Rollout:
         """All windows in order, or `batch_size` random ones without replacement."""
         if batch_size is not None:
@@ -158,15 +184,26 @@ class Backtest:
             stage_cost=lambda z, u: z.wealth * 0,  # what a period brings is known only after it
         )
         rollout = loop(rule, len(self), torch.Generator())
-        return replace(rollout, cost=self.stage_cost(growth(rollout)))
+        cost = self.stage_cost(growth(rollout))
+        if not isinstance(cost, Tensor) or cost.shape[:1] != (len(self),) or cost.ndim > 2:
+            wanted = f"({len(self)}, {self.horizon}) or ({len(self)},)"
+            raise ShapeError(f"Backtest: stage_cost(growth) must return costs {wanted}, got {shown(cost)}")
+        return replace(rollout, cost=cost)
 
     def _first(self, rule: Any) -> Holdings:
-        start = self.start(rule) if callable(self.start) else self.start
         n = self.returns.shape[1]
-        weights = self.returns.new_zeros(n) if start is None else start.to(self.returns)
+        if self.start is None:
+            weights = self.returns.new_zeros(n)
+        else:
+            weights = self._weights(self.start if isinstance(self.start, Tensor) else self.start(rule))
+        return Holdings(weights.expand(len(self), n), self.returns.new_ones(len(self)))
+
+    def _weights(self, start: Any) -> Tensor:
+        """Weights `(n,)` at the beginning, in the prices' dtype."""
+        n, weights = self.returns.shape[1], as_tensor("start", start, "Backtest:").to(self.returns)
         if weights.shape != (n,):
             raise ShapeError(f"Backtest: start must hold a weight per asset, ({n},), got {tuple(weights.shape)}")
-        return Holdings(weights.expand(len(self), n), self.returns.new_ones(len(self)))
+        return weights
 
     def _observe(self, z: Holdings, t: int, w: Any) -> Any:
         if not self.lookback:

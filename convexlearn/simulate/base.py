@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, ShapeError
+from convexlearn.checks import shown
+from convexlearn.errors import MissingParameterError, OptionError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +32,29 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         first = _first(self.decision)
+        if first.ndim == 0:
+            raise ShapeError("trajectory.decision is a number; expected the batch first, (B, ...)")
         if self.failed is None:
             failed = torch.zeros(len(first), dtype=torch.bool, device=first.device)
             object.__setattr__(self, "failed", failed)
         for name in ("context", "decision", "state", "target", "cost", "failed"):
-            for part in _parts(getattr(self, name)):
+            for part in _parts(getattr(self, name), f"trajectory.{name}"):
                 if part.ndim == 0 or len(part) != len(first):
                     raise ShapeError(
                         f"trajectory.{name} has shape {tuple(part.shape)}, expected batch size {len(first)} first"
                     )
+
+        if isinstance(self.cost, Tensor) and self.cost.is_complex():
+            raise ShapeError(f"trajectory.cost must be real, got {self.cost.dtype}")
+        if self.failed.dtype is not torch.bool or self.failed.ndim != 1:
+            raise ShapeError(f"trajectory.failed must be a mask ({len(first)},) of bools, got {shown(self.failed)}")
 
     def __len__(self) -> int:
         return len(self.failed)
 
     def select(self, samples: Tensor) -> "Trajectory":
         """The trajectory of some samples only (a mask `(B,)` or indices)."""
+        samples = rows_of("Trajectory.select: samples", samples, len(self))
         picked = {f.name: _map(getattr(self, f.name), lambda t: t[samples]) for f in fields(self)}
         return replace(self, **picked)
 
@@ -109,18 +118,37 @@ class FiniteSimulator(Protocol):
         ...
 
 
-def _parts(value: Any) -> list[Tensor]:
+def rows_of(what: str, samples: Any, length: int) -> Tensor:
+    """A mask `(length,)`, or numbers of samples in their range; anything else is an error that says `what`."""
+    try:
+        rows = samples if isinstance(samples, Tensor) else torch.as_tensor(samples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MissingParameterError(f"{what} must be a mask or indices, got {shown(samples)}") from error
+    if rows.dtype is torch.bool:
+        fits = rows.shape == (length,)
+    else:
+        plain = not rows.is_floating_point() and not rows.is_complex() and rows.ndim <= 1
+        fits = plain and bool(((rows >= -length) & (rows < length)).all())
+    if not fits:
+        raise ShapeError(f"{what} must be a mask ({length},) or indices below {length}, got {shown(samples)}")
+    return rows
+
+
+def _parts(value: Any, where: str = "a decision") -> list[Tensor]:
     """All tensors of a field: a tensor, a tuple or dict of tensors, or None."""
     if isinstance(value, Tensor):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [part for item in items for part in _parts(item)]
+    if value is None:
+        return []
+    if not isinstance(value, dict | tuple | list):
+        raise MissingParameterError(f"{where} must be a tensor, or a tuple or dict of tensors; got {shown(value)}")
+    return [part for item in (value.values() if isinstance(value, dict) else value) for part in _parts(item, where)]
 
 
 def _first(value: Any) -> Tensor:
     parts = _parts(value)
     if not parts:
-        raise TypeError(f"a decision is a tensor or a tuple of tensors, batch first; got {type(value).__name__}")
+        raise MissingParameterError(f"a decision is a tensor or a tuple of tensors, batch first; got {shown(value)}")
     return parts[0]
 
 

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import DomainError, OptionError, ShapeError, suggest
+from convexlearn.checks import GENERATOR, checked, count, instance, number, require_that, shown, word
+from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.inputs import as_tensor
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.pairs import Pairs
 
 NOISES = ("gaussian", "poisson")
+CHECKS = {
+    "taps": instance(Tensor, "a tensor (*chains, L)"),
+    "length": count(),
+    "noise": word(NOISES),
+    "background": number(least=0),
+    "drift": number(least=0),
+    "estimate": number(least=0),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,15 +53,29 @@ class Channel:
     estimate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.noise not in NOISES:
-            raise OptionError(f"Channel: noise '{self.noise}': {suggest(self.noise, NOISES)}")
+        for name, check in CHECKS.items():
+            if getattr(self, name) is not None or name != "estimate":
+                require_that("Channel", name, check, getattr(self, name))
         if (self.deviation is None) != (self.noise == "poisson"):
             raise OptionError("Channel: give the deviation of gaussian noise; poisson noise has none")
-        if not self.taps.ndim or not self.taps.is_floating_point() or self.length < 1:
-            raise ShapeError("Channel: taps must be floating, (*chains, L), and length at least 1")
+        taps = self.taps
+        if not taps.ndim or not taps.shape[-1] or not taps.is_floating_point() or not bool(torch.isfinite(taps).all()):
+            raise ShapeError(f"Channel: taps must be floating and finite, (*chains, L) with L > 0, got {shown(taps)}")
+        symbols = as_tensor("constellation", self.constellation, "Channel:")
+        if symbols.ndim != 1 or not len(symbols) or not bool(torch.isfinite(symbols).all()):
+            raise ShapeError("Channel: constellation must hold finite numbers, one per symbol")
         if self.deviation is not None:
-            object.__setattr__(self, "deviation", torch.as_tensor(self.deviation, dtype=self.taps.dtype))
+            deviation = as_tensor("deviation", self.deviation, "Channel:").to(taps.dtype)
+            chains = taps.shape[:-1]
+            if torch.broadcast_shapes(deviation.shape[-len(chains) :] if chains else (), chains) != chains or (
+                deviation.ndim > len(chains)
+            ):
+                raise ShapeError(f"Channel: deviation must broadcast to {tuple(chains)}, got {tuple(deviation.shape)}")
+            if not bool((deviation >= 0).all()):
+                raise DomainError("Channel: deviation is the standard deviation of noise, nonnegative")
+            object.__setattr__(self, "deviation", deviation)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def draw(self, batch: int, generator: torch.Generator | None = None) -> tuple[Pairs, Tensor]:
         """Pairs of contexts and symbols' numbers, and the taps of each block `(batch, *chains, L)`."""
         chains, memory = self.taps.shape[:-1], self.taps.shape[-1]
@@ -76,6 +100,7 @@ class Channel:
         guess = taps * (1 + self.estimate * torch.randn(taps.shape, **given))
         return Pairs((x, guess), sent[..., memory - 1 :]), taps
 
+    @checked(batch_size=count(0), generator=GENERATOR)
     def __call__(
         self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None
     ) -> Trajectory:
@@ -89,11 +114,14 @@ class Channel:
         return replace(pairs.subset(rows)(rule), state=taps[rows])
 
 
+@checked(memory=count())
 def decaying_taps(memory: int, decays: Sequence[float] | Tensor) -> Tensor:
     """h_l = exp(-gamma l), l = 0, ..., memory - 1, for each gamma of `decays` `(k,)`: taps `(k, memory)`, float64.
 
     >>> decaying_taps(3, [0.5])
     tensor([[1.0000, 0.6065, 0.3679]], dtype=torch.float64)
     """
-    gamma = torch.as_tensor(decays, dtype=torch.float64)
+    gamma = as_tensor("decays", decays, "decaying_taps:").double()
+    if not bool(torch.isfinite(gamma).all()):
+        raise DomainError("decaying_taps: decays must be finite")
     return torch.exp(-gamma[..., None] * torch.arange(memory))

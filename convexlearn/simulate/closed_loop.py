@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, ShapeError
+from convexlearn.checks import FUNCTION, GENERATOR, Check, checked, count, number, shown
+from convexlearn.errors import MissingParameterError, OptionError, ShapeError
 from convexlearn.failures import collect_failures
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import DecisionRule, as_rule
-from convexlearn.simulate.base import Trajectory, not_finite
+from convexlearn.simulate.base import Trajectory, not_finite, rows_of
 
 BATCH_SIZE = 64
 """Number of rollouts when the caller names none."""
@@ -26,6 +27,12 @@ REASONS = (
     "the first state is NaN or infinite; correct initial, or leave that sample out",
     "the noise is NaN or infinite; correct what noise(batch, t, generator) gives, for instance recorded data",
     "the context is NaN or infinite; correct what observe(z, t, w) gives, or the rule's features",
+)
+
+
+INITIAL = Check(
+    "a real tensor (n,), or a function (batch, generator) -> z_0 (batch, n)",
+    lambda v: not v.is_complex() if isinstance(v, Tensor) else FUNCTION.fits(v),
 )
 
 
@@ -50,6 +57,8 @@ class Rollout(Trajectory):
         >>> print(Rollout(s, s, failed=failed, failed_at=step, reason=torch.tensor([2])).explain())
         sample 0 failed at step 3: the state diverged; the rule does not stabilize the plant from there
         """
+        if labels is not None and (not isinstance(labels, Sequence) or len(labels) < len(self)):
+            raise OptionError(f"explain: labels must name all {len(self)} samples, got {shown(labels)}")
         lines = []
         for i in torch.nonzero(self.failed).flatten().tolist():
             cause = f"{self.causes[i]}: " if self.causes and self.causes[i] else ""
@@ -60,7 +69,7 @@ class Rollout(Trajectory):
 
     def select(self, samples: Tensor) -> "Rollout":
         """The rollouts of some samples only (a mask `(B,)` or indices)."""
-        chosen = torch.arange(len(self))[samples.cpu()].tolist()
+        chosen = torch.arange(len(self))[rows_of("Rollout.select: samples", samples, len(self)).cpu()].tolist()
         causes = tuple(self.causes[i] for i in chosen) if self.causes else ()
         picked = super(Rollout, replace(self, causes=())).select(samples)
         return replace(picked, causes=causes)  # pyright: ignore[reportReturnType]
@@ -96,6 +105,15 @@ class ClosedLoop:
     tensor([[16.,  4.,  1.]])
     """
 
+    @checked(
+        plant=FUNCTION,
+        initial=INITIAL,
+        noise=FUNCTION,
+        observe=FUNCTION,
+        stage_cost=FUNCTION,
+        terminal_cost=FUNCTION,
+        bound=number(above=0, infinite=True),
+    )
     def __init__(
         self,
         plant: Callable[[Any, Any, Any], Any],
@@ -110,24 +128,14 @@ class ClosedLoop:
     ) -> None:
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise OptionError(f"ClosedLoop: horizon must be a positive number of steps, got {horizon!r}")
-        if not callable(initial) and not isinstance(initial, Tensor):
-            raise TypeError(
-                "ClosedLoop: initial must be a tensor (n,) or a function (batch, generator) -> z_0 (batch, n), "
-                f"got {type(initial).__name__}"
-            )
-        functions = {"plant": plant, "noise": noise, "observe": observe, "stage_cost": stage_cost}
-        for name, function in {**functions, "terminal_cost": terminal_cost}.items():
-            if not callable(function) and (function is not None or name in ("plant", "stage_cost")):
-                raise TypeError(f"ClosedLoop: {name} must be a function of tensors, got {type(function).__name__}")
         self.plant, self.horizon, self.bound = plant, horizon, bound
         self.initial, self.noise, self.observe = initial, noise, observe
         self.stage_cost, self.terminal_cost = stage_cost, terminal_cost
 
+    @checked(batch_size=count(0), generator=GENERATOR)
     def __call__(self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None) -> Rollout:
         """`batch_size` rollouts of the rule (default BATCH_SIZE)."""
         batch = BATCH_SIZE if batch_size is None else batch_size
-        if batch < 0:
-            raise OptionError(f"ClosedLoop: batch_size must not be negative, got {batch}")
         generator = make_generator(0, "closed loop") if generator is None else generator
         before = generator.get_state()
         run = _Run(self, as_rule(rule), batch, generator)
@@ -155,8 +163,7 @@ class ClosedLoop:
         if isinstance(self.initial, Tensor):
             return self.initial.expand(batch, *self.initial.shape)
         z = self.initial(batch, generator)
-        for part in _parts(z, "initial"):
-            _check_batch(part, batch, "initial(batch, generator)")
+        _check_parts(z, batch, "initial(batch, generator)")
         return z
 
     def draw(self, batch: int, t: int, generator: torch.Generator) -> Any:
@@ -213,14 +220,16 @@ class _Run:
         self.doing = "noise(batch, t, generator)"
         w = draw(t)
         self.doing = "observe(z, t, w)"
-        x = z if loop.observe is None else loop.observe(z, t, w)
+        x = z
+        if loop.observe is not None:
+            x = loop.observe(z, t, w)
+            _check_parts(x, self.batch, "observe(z, t, w)")
         self.doing = "the rule"
         if t == 0:
             memory = rule.start(x)
         with collect_failures() as failures:
             u, memory = rule.decide(x, memory)
-        for part in _parts(u, "the rule's decision"):
-            _check_batch(part, self.batch, "the rule's decision")
+        _check_parts(u, self.batch, "the rule's decision")
         if failures.masks:
             lost, refused = (failures.mask(self.batch, self.failed.device, refused=k) for k in (False, True))
             for i in torch.nonzero(lost & ~self.failed).flatten().tolist():
@@ -259,12 +268,12 @@ class _Run:
     def _settle(self, z: Any, t: int, reason: int, w: Any = ()) -> Any:
         """The state, with z_0 in place of rows that diverged, for `reason` or because the noise w is no number."""
         parts = _parts(z, "plant(z, u, w)")
-        if not self.batch or all(float(part.detach().abs().amax()) <= self.loop.bound for part in parts):
+        if not self.batch or all(float(_size(part).amax()) <= self.loop.bound for part in parts):
             return z
         bad = torch.zeros_like(self.failed)
         for part in parts:
             rows = part.detach().reshape(self.batch, part[:1].numel())
-            bad = bad | ~(rows.abs() <= self.loop.bound).all(1)
+            bad = bad | ~(_size(rows) <= self.loop.bound).all(1)
         self.poisonous = self.poisonous | not_finite(z, self.batch).to(bad.device)
         noisy = [part for part in _parts(w, "noise") if part.ndim]
         self._mark(bad & not_finite(noisy, self.batch).to(bad.device), t, 5)
@@ -282,10 +291,10 @@ class _Run:
 
     def _cost(self, function: Callable[..., Tensor], t: int, *arguments: Any) -> Tensor:
         cost = function(*arguments)
-        if not isinstance(cost, Tensor) or cost.shape != (self.batch,):
+        if not isinstance(cost, Tensor) or cost.shape != (self.batch,) or cost.is_complex():
             got = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
             name = "stage_cost(z, u)" if len(arguments) == 2 else "terminal_cost(z)"
-            raise ShapeError(f"ClosedLoop: {name} must return one number per sample, ({self.batch},), got {got}")
+            raise ShapeError(f"ClosedLoop: {name} must return one real number per sample, ({self.batch},), got {got}")
         return self._clean(cost, t, 3)
 
     def _mark(self, bad: Tensor, t: int, reason: int) -> None:
@@ -300,6 +309,11 @@ class _Run:
             raise ShapeError(
                 f"ClosedLoop: plant(z, u, w) must return a state of the shape of z, {shapes[1]}, got {shapes[0]}"
             )
+
+
+def _size(part: Tensor) -> Tensor:
+    """Magnitudes; those of True and False, and of numbers without sign, are themselves."""
+    return part.detach().abs() if part.is_floating_point() else part.detach().double().abs()
 
 
 def _shapes(value: Any) -> str:
@@ -337,9 +351,21 @@ def _parts(value: Any, where: str) -> list[Tensor]:
         return [value]
     if isinstance(value, tuple | list):
         return [part for item in value for part in _parts(item, where)]
-    raise TypeError(f"ClosedLoop: {where} must give a tensor or a tuple of tensors, got {type(value).__name__}")
+    got = type(value).__name__
+    raise MissingParameterError(f"ClosedLoop: {where} must give a tensor or a tuple of tensors, got {got}")
+
+
+def _check_parts(value: Any, batch: int, where: str) -> None:
+    """Refuse what is no tensor or tuple of tensors `(batch, ...)`, or an empty one."""
+    parts = _parts(value, where)
+    if not parts:
+        raise ShapeError(f"ClosedLoop: {where} must give a tensor or a tuple of tensors, got an empty tuple")
+    for part in parts:
+        _check_batch(part, batch, where)
 
 
 def _check_batch(part: Tensor, batch: int, where: str) -> None:
     if part.ndim == 0 or len(part) != batch:
         raise ShapeError(f"ClosedLoop: {where} must have the batch first, ({batch}, ...), got {tuple(part.shape)}")
+    if part.is_complex():
+        raise ShapeError(f"ClosedLoop: {where} must be real, got {part.dtype}")

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, ShapeError
+from convexlearn.checks import FUNCTION, GENERATOR, checked, count, instance, require_that, shown
+from convexlearn.errors import DomainError, OptionError, ShapeError
 from convexlearn.extras import require
 from convexlearn.failures import collect_failures
+from convexlearn.inputs import as_tensor
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import as_rule
 from convexlearn.simulate.base import Trajectory, not_finite
@@ -45,6 +47,7 @@ class EnvironmentRollouts:
     torch.Size([3, 5])
     """
 
+    @checked(observe=FUNCTION, act=FUNCTION)
     def __init__(
         self,
         make: str | Callable[[], Any],
@@ -56,9 +59,17 @@ class EnvironmentRollouts:
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise OptionError(f"EnvironmentRollouts: horizon must be a positive number of steps, got {horizon!r}")
         library = _gymnasium()
+        if isinstance(make, str):
+            try:
+                library.spec(make)
+            except library.error.Error as error:
+                raise OptionError(f"EnvironmentRollouts: make={make!r} is no environment: {error}") from error
+        else:
+            require_that("EnvironmentRollouts", "make", FUNCTION, make)
         self.make: Callable[[], Any] = (lambda: library.make(make)) if isinstance(make, str) else make
         self.horizon, self.observe, self.act = horizon, observe, act
 
+    @checked(batch_size=count(), generator=GENERATOR)
     def __call__(self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None) -> Episodes:
         """`batch_size` episodes of the rule (default BATCH_SIZE)."""
         return self.part(rule, None, batch_size, make_generator(0, "environment") if generator is None else generator)
@@ -89,6 +100,8 @@ class EnvironmentRollouts:
                 memory = rule.start(x)
             with collect_failures() as failures:
                 u, memory = rule.decide(x, memory)
+            if not isinstance(u, Tensor) or u.ndim == 0 or len(u) != batch or u.is_complex():
+                raise ShapeError(f"EnvironmentRollouts: the rule must decide (B, ...) with B = {batch}, got {shown(u)}")
             failed |= (length == self.horizon) & (failures.mask(batch) | not_finite(u, batch))
             actions = self._actions(u, environments[0].action_space)
             cost = torch.zeros(batch, dtype=torch.float64)
@@ -125,6 +138,7 @@ class EnvironmentRollouts:
         return np.clip(values, space.low, space.high).astype(space.dtype)
 
 
+@checked(loop=instance(ClosedLoop, "a ClosedLoop"))
 def environment(loop: ClosedLoop, limit: Any, observation_limit: Any = np.inf) -> Any:
     """The closed loop's plant as a `gymnasium.Env`: actions are inputs, the reward is minus the cost.
 
@@ -174,6 +188,8 @@ def _environment_class() -> type:
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
             """First observation and info; the same seed gives the same episode."""
+            if seed is not None:
+                require_that("environment", "seed", count(0), seed)
             super().reset(seed=seed)
             own = int(self.np_random.integers(2**63 - 1)) if seed is None else seed
             self.draws = torch.Generator().manual_seed(own)
@@ -182,7 +198,11 @@ def _environment_class() -> type:
 
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
             """Observation, reward, terminated, truncated, info."""
-            u = torch.as_tensor(np.asarray(action)).to(_first(self.z).dtype)[None]
+            given = as_tensor("action", action, "environment:")
+            if tuple(given.shape) != self.action_space.shape or not bool(torch.isfinite(given).all()):
+                wanted = f"finite, of shape {self.action_space.shape}"
+                raise ShapeError(f"environment: action must be {wanted}, got {shown(action)}")
+            u = given.to(_first(self.z).dtype)[None]
             with torch.no_grad():
                 reward = -float(self.loop.stage_cost(self.z, u))
                 following = self.loop.plant(self.z, u, self.w)
@@ -205,14 +225,19 @@ def _gymnasium() -> ModuleType:
 
 def _box(limit: Any, shape: tuple[int, ...] | None, name: str) -> Any:
     """A Box in float64 from (low, high), or from one symmetric limit."""
-    pair = limit if isinstance(limit, tuple) else (-torch.as_tensor(limit), limit)
+    pair = limit if isinstance(limit, tuple) else (None, limit)
     if len(pair) != 2:
         raise OptionError(f"environment: {name} is a pair (low, high) or one symmetric limit, got {limit!r}")
-    low, high = (np.asarray(torch.as_tensor(part, dtype=torch.float64)) for part in pair)
+    high = as_tensor(name, pair[1], "environment:").double().numpy()
+    low = -high if pair[0] is None else as_tensor(name, pair[0], "environment:").double().numpy()
+    if not bool((low <= high).all()):
+        raise DomainError(f"environment: {name} must have low <= high in every entry, without NaN; got {limit!r}")
     if shape is None:
         shape = np.broadcast_shapes(low.shape, high.shape)
         if shape == ():
             raise ShapeError(f"environment: {name} must hold one bound per entry, (m,), got the number {limit!r}")
+    elif any(part.shape not in {(), shape} for part in (low, high)):
+        raise ShapeError(f"environment: {name} must be numbers or of shape {shape}, got {low.shape} and {high.shape}")
     return _gymnasium().spaces.Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape), dtype=np.float64)
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexlearn.checks import GENERATOR, checked, count, number, require_that
 from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.inputs import as_tensor, check_noise, check_rows, check_step
 from convexlearn.riccati import check_psd
 
 
+@checked(seed=count(0), n=count(), m=count())
 def random_linear(seed: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     """A `(n, n)` of spectral radius 1 and B `(n, m)`, as numpy's legacy generator draws them from `seed`.
 
@@ -66,12 +69,12 @@ class LinearGaussian:
 
     def __post_init__(self) -> None:
         for name in MATRICES:
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name in ("A", "B", "V"):
                 object.__setattr__(self, name, _matrix(name, value))
         if self.W is not None and self.C is None:
             raise OptionError("LinearGaussian: W is observation noise; give C too, for instance the identity")
-        if self.limit is not None and not self.limit > 0:
-            raise OptionError(f"LinearGaussian: limit must be positive, or None for free inputs, got {self.limit!r}")
+        if self.limit is not None:
+            require_that("LinearGaussian", "limit", number(above=0, infinite=True), self.limit)
         n, m = len(self.A), self.B.shape[1]
         p = n if self.C is None else len(self.C)
         wanted = {"A": (n, n), "B": (n, m), "V": (n, n), "C": (p, n), "W": (p, p)}
@@ -86,27 +89,35 @@ class LinearGaussian:
 
     def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
         """z+ `(B, n)` for z `(B, n)`, u `(B, m)`; w is process noise `(B, n)` or Noise."""
-        if u.shape[-1] != self.B.shape[1]:
-            raise ShapeError(f"LinearGaussian: u must have shape (B, {self.B.shape[1]}), got {tuple(u.shape)}")
+        n, m = self.B.shape
+        v: Any = w[0] if isinstance(w, tuple) and w else w
+        check_step("LinearGaussian", z, n, u, m, v)
         if self.limit is not None:
             u = u.clamp(-self.limit, self.limit)
         A, B = self._transposed if z.dtype == self.A.dtype else (M.to(z.dtype) for M in self._transposed)
-        return z @ A + u.to(z.dtype) @ B + (w if isinstance(w, Tensor) else w[0])
+        return z @ A + u.to(z.dtype) @ B + v
 
     def observe(self, z: Tensor, t: int, w: Any) -> Tensor:
         """x `(B, p)`: C z plus observation noise where w is Noise."""
+        check_rows("LinearGaussian", "z", z, len(self.A))
         x = z if self.C is None else z @ self.C.to(z.dtype).mT
-        return x if isinstance(w, Tensor) or w[1] is None else x + w[1]
+        if not isinstance(w, tuple) or len(w) < 2 or w[1] is None:
+            return x
+        check_noise("LinearGaussian", w[1], x)
+        return x + w[1]
 
     def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
         """z'Qz + u'Ru `(B,)`."""
+        check_step("LinearGaussian", z, len(self.A), u, self.B.shape[1])
         return _quadratic(z, self.Q) + _quadratic(u, self.R)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def initial(self, batch: int, generator: torch.Generator) -> Tensor:
         """z_0 `(batch, n)`."""
         z = torch.randn(batch, len(self.A), generator=generator, dtype=self.A.dtype)
         return z if self.start is None else z @ self._roots["start"].mT
 
+    @checked(batch=count(0), generator=GENERATOR)
     def noise(self, batch: int, t: int, generator: torch.Generator) -> Any:
         """v `(batch, n)`, or Noise (v, w) where W is given."""
         v, w = (
@@ -127,7 +138,8 @@ class LinearGaussian:
 
 def _matrix(name: str, value: Any) -> Tensor:
     """The value as a finite matrix; float64 unless it is a floating tensor."""
-    matrix = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value, dtype=np.float64))
+    matrix = as_tensor(name, value, "LinearGaussian:")
+    matrix = matrix if isinstance(value, Tensor) else matrix.to(torch.float64, copy=True)
     matrix = matrix if matrix.is_floating_point() else matrix.to(torch.float64)
     if matrix.ndim != 2:
         raise ShapeError(f"LinearGaussian: {name} must be a matrix, got shape {tuple(matrix.shape)}")

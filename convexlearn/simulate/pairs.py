@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError, ShapeError
+from convexlearn.checks import GENERATOR, checked, count
+from convexlearn.errors import MissingParameterError, OptionError, ShapeError
 from convexlearn.failures import collect_failures
 from convexlearn.rules.base import as_rule, as_tuple
-from convexlearn.simulate.base import Trajectory, not_finite
+from convexlearn.simulate.base import Trajectory, not_finite, rows_of
 
 
 class Pairs:
@@ -29,7 +30,7 @@ class Pairs:
         self.x = tuple(_tensor(part, "x") for part in x) if isinstance(x, tuple) else _tensor(x, "x")
         self.s = None if s is None else _tensor(s, "s")
         parts = [*as_tuple(self.x), *([] if self.s is None else [self.s])]
-        if any(part.ndim == 0 for part in parts) or len({len(part) for part in parts}) > 1:
+        if not parts or any(part.ndim == 0 for part in parts) or len({len(part) for part in parts}) > 1:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise ShapeError(f"Pairs needs as many contexts as decisions along axis 0, got shapes {shapes}")
 
@@ -49,10 +50,11 @@ class Pairs:
 
     def subset(self, indices: Tensor) -> "Pairs":
         """The pairs at `indices` (k,), in this order."""
-        where = indices.to(as_tuple(self.x)[0].device)
+        where = rows_of("Pairs.subset: indices", indices, len(self)).to(as_tuple(self.x)[0].device)
         x = tuple(part[where] for part in as_tuple(self.x))
         return Pairs(x if isinstance(self.x, tuple) else x[0], None if self.s is None else self.s[where])
 
+    @checked(batch_size=count(0), generator=GENERATOR)
     def __call__(
         self, rule: Any, batch_size: int | None = None, generator: torch.Generator | None = None
     ) -> Trajectory:
@@ -76,6 +78,7 @@ class Pairs:
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.as_tensor(value)
-    raise TypeError(f"Pairs: {name} must be a tensor, an array or a tuple of them, got {type(value).__name__}")
+    got = type(value).__name__
+    raise MissingParameterError(f"Pairs: {name} must be a tensor, an array or a tuple of them, got {got}")

@@ -7,13 +7,15 @@ fixes them `observe(z, t, w)` and `stage_cost(z, u)`. Quantities without a unit 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError
+from convexlearn.checks import FUNCTION, GENERATOR, checked, count, number, require_that, shown, word
+from convexlearn.errors import MissingParameterError, ShapeError
+from convexlearn.inputs import check_rows, check_step
 from convexlearn.simulate.linear_gaussian import LinearGaussian, Noise, random_linear
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 DOUBLE = torch.float64
+BOUNDS = ("torque", "speed")
+"""Fields of plants that may be infinite, for no bound."""
 
 
 class VehicleNoise(NamedTuple):
@@ -59,8 +63,12 @@ class Vehicle:
     step: float = 0.2
     wheelbase: float = 2.8
 
+    def __post_init__(self) -> None:
+        _check_fields(self, positive=("step", "wheelbase"))
+
     def predict(self, z: Tensor, u: Tensor) -> Tensor:
         """z+ `(B, 5)` without noise."""
+        check_step("Vehicle", z, 5, u, 2)
         e, psi, v, wanted, kappa = z.unbind(-1)
         a, s = u.unbind(-1)
         turn = kappa + s / self.wheelbase - kappa * torch.cos(psi) / (1 - e * kappa)
@@ -69,21 +77,30 @@ class Vehicle:
 
     def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
         """z+ `(B, 5)` for z `(B, 5)`, u `(B, 2)` and VehicleNoise w."""
-        eps, turns, curvature, changes, speed = w
+        if not isinstance(w, tuple) or len(w) != 5:
+            raise MissingParameterError(f"Vehicle: w must be VehicleNoise, got {shown(w)}")
         moved, wanted, kappa = self.predict(z, u)[..., :3], z[..., 3], z[..., 4]
+        for name, part, like in zip(VehicleNoise._fields, w, (moved, *[wanted] * 4)):
+            if not isinstance(part, Tensor) or part.shape != like.shape or part.is_complex():
+                got = shown(part)
+                raise ShapeError(f"Vehicle: w.{name} must be a real tensor {tuple(like.shape)}, got {got}")
+        eps, turns, curvature, changes, speed = w
         scale = eps.new_tensor([0.1, 0.01, 0.1])
         wanted, kappa = torch.where(changes, speed, wanted), torch.where(turns, curvature, kappa)
         return torch.cat([moved + scale * eps, wanted[..., None], kappa[..., None]], -1)
 
     def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
         """(v - v_wanted)^2 + e^2 + psi^2 + 10 a^2 + 10 s^2, `(B,)`."""
+        check_step("Vehicle", z, 5, u, 2)
         e, psi, v, wanted, _ = z.unbind(-1)
         return (v - wanted).square() + e.square() + psi.square() + 10 * u.square().sum(-1)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def initial(self, batch: int, generator: torch.Generator) -> Tensor:
         """z_0 = (0.5, 0.1, 3, 4.5, 0) `(batch, 5)`."""
         return torch.tensor([0.5, 0.1, 3.0, 4.5, 0.0], dtype=DOUBLE).expand(batch, 5)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def noise(self, batch: int, t: int, generator: torch.Generator) -> VehicleNoise:
         """With probability 0.05 a new curvature 0.1 N(0, 1), with 0.02 a new wanted speed U(3, 6)."""
         normal = torch.randn(batch, 4, generator=generator, dtype=DOUBLE)
@@ -110,6 +127,9 @@ class SupplyChain:
     storing: float = 0.01
     revenue: float = 1.3
 
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
     @property
     def entering(self) -> Tensor:
         """`(4, 8)`: 1 where a link ends in a warehouse."""
@@ -122,21 +142,28 @@ class SupplyChain:
 
     def __call__(self, z: Tensor, u: Tensor, w: Tensor) -> Tensor:
         """z+ `(B, 8)`; w `(B, 4)` are the next prices and demands."""
+        check_step("SupplyChain", z, 8, u, 8)
+        check_rows("SupplyChain", "w", w, 4)
+        if len(w) != len(z):
+            raise ShapeError(f"SupplyChain: w must have shape ({len(z)}, 4), got {tuple(w.shape)}")
         change = (self.entering - self.leaving).to(u)
         return torch.cat([z[..., :4] + u @ change.mT, w], -1)
 
     def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
         """Purchases and moves less sales, plus storage 0.01 (h + h^2), `(B,)`."""
+        check_step("SupplyChain", z, 8, u, 8)
         stock, prices = z[..., :4], z[..., 4:6]
         bought, moved, sold = u[..., :2], u[..., 2:6], u[..., 6:]
         trade = (prices * bought).sum(-1) + self.moving * moved.sum(-1) - self.revenue * sold.sum(-1)
         return trade + self.storing * (stock + stock.square()).sum(-1)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def initial(self, batch: int, generator: torch.Generator) -> Tensor:
         """h_0 ~ U(0, 3), prices and demands as in `noise`."""
         stock = 3 * torch.rand(batch, 4, generator=generator, dtype=DOUBLE)
         return torch.cat([stock, self.noise(batch, 0, generator)], -1)
 
+    @checked(batch=count(0), generator=GENERATOR)
     def noise(self, batch: int, t: int, generator: torch.Generator) -> Tensor:
         """Prices and demands `(batch, 4)`: ln p ~ N((0, 0.1), 0.04 I), ln d ~ N((0, 0.4), 0.04 I)."""
         normal = torch.randn(batch, 4, generator=generator, dtype=DOUBLE)
@@ -160,8 +187,12 @@ class Pendulum:
     torque: float = 2.0
     speed: float = 8.0
 
+    def __post_init__(self) -> None:
+        _check_fields(self, positive=("step", "mass", "length", "torque", "speed"))
+
     def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
         """z+ `(B, 2)`."""
+        check_step("Pendulum", z, 2, u, 1, w)
         angle, speed = z.unbind(-1)
         torque = u[..., 0].clamp(-self.torque, self.torque)
         push = 3 * self.gravity / (2 * self.length) * torch.sin(angle) + 3 / (self.mass * self.length**2) * torque
@@ -170,14 +201,17 @@ class Pendulum:
 
     def observe(self, z: Tensor, t: int, w: Any) -> Tensor:
         """(cos angle, sin angle, speed) `(B, 3)`."""
+        check_rows("Pendulum", "z", z, 2)
         return torch.stack([torch.cos(z[..., 0]), torch.sin(z[..., 0]), z[..., 1]], -1)
 
     def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
         """angle^2 + 0.1 speed^2 + 0.001 torque^2 `(B,)`, the angle brought into [-pi, pi)."""
+        check_step("Pendulum", z, 2, u, 1)
         angle = torch.remainder(z[..., 0] + math.pi, 2 * math.pi) - math.pi
         torque = u[..., 0].clamp(-self.torque, self.torque)
         return angle.square() + 0.1 * z[..., 1].square() + 0.001 * torque.square()
 
+    @checked(batch=count(0), generator=GENERATOR)
     def initial(self, batch: int, generator: torch.Generator) -> Tensor:
         """Angle U(-pi, pi), speed U(-1, 1)."""
         uniform = 2 * torch.rand(batch, 2, generator=generator, dtype=DOUBLE) - 1
@@ -202,8 +236,12 @@ class CartPole:
     half_length: float = 0.5
     force: float = 10.0
 
+    def __post_init__(self) -> None:
+        _check_fields(self, positive=("step", "cart", "pole", "half_length"))
+
     def __call__(self, z: Tensor, u: Tensor, w: Any) -> Tensor:
         """z+ `(B, 4)`."""
+        check_step("CartPole", z, 4, u, 1, w)
         _, speed, angle, turning = z.unbind(-1)
         sin, cos, total = torch.sin(angle), torch.cos(angle), self.cart + self.pole
         arm = self.pole * self.half_length
@@ -214,9 +252,11 @@ class CartPole:
 
     def stage_cost(self, z: Tensor, u: Tensor) -> Tensor:
         """place^2 + 10 angle^2 + 0.1 (speed^2 + angular speed^2) + 0.01 u^2 `(B,)`."""
+        check_step("CartPole", z, 4, u, 1)
         weights = z.new_tensor([1.0, 0.1, 10.0, 0.1])
         return (weights * z.square()).sum(-1) + 0.01 * u[..., 0].square()
 
+    @checked(batch=count(0), generator=GENERATOR)
     def initial(self, batch: int, generator: torch.Generator) -> Tensor:
         """All four U(-0.05, 0.05)."""
         return 0.1 * torch.rand(batch, 4, generator=generator, dtype=DOUBLE) - 0.05
@@ -243,11 +283,14 @@ class Lorenz:
     order: int = 5
 
     def __post_init__(self) -> None:
-        if self.method not in ("rk4", "taylor"):
-            raise OptionError(f"Lorenz: method is 'rk4' or 'taylor', got {self.method!r}")
+        require_that("Lorenz", "method", word(("rk4", "taylor")), self.method)
+        require_that("Lorenz", "substeps", count(), self.substeps)
+        require_that("Lorenz", "order", count(), self.order)
+        _check_fields(self, positive=("step",))
 
     def matrix(self, z: Tensor) -> Tensor:
         """F(z) `(B, 3, 3)` = [-sigma, sigma, 0; rho - z3, -1, 0; z2, 0, -beta]."""
+        check_rows("Lorenz", "z", z, 3)
         a, b, c = z.unbind(-1)
         one, none = torch.ones_like(a), torch.zeros_like(a)
         rows = [-self.sigma * one, self.sigma * one, none, self.rho - c, -one, none, b, none, -self.beta * one]
@@ -255,11 +298,16 @@ class Lorenz:
 
     def rate(self, z: Tensor) -> Tensor:
         """z' `(B, 3)`."""
+        check_rows("Lorenz", "z", z, 3)
+        return self._rate(z)
+
+    def _rate(self, z: Tensor) -> Tensor:
         a, b, c = z.unbind(-1)
         return torch.stack([self.sigma * (b - a), a * (self.rho - c) - b, a * b - self.beta * c], -1)
 
     def __call__(self, z: Tensor, u: Any, w: Any) -> Tensor:
         """z+ `(B, 3)`."""
+        check_step("Lorenz", z, 3, z, 3, w)
         return (self._taylor(z) if self.method == "taylor" else self._runge_kutta(z)) + w
 
     def _taylor(self, z: Tensor) -> Tensor:
@@ -272,14 +320,15 @@ class Lorenz:
     def _runge_kutta(self, z: Tensor) -> Tensor:
         h = self.step / self.substeps
         for _ in range(self.substeps):
-            k1 = self.rate(z)
-            k2 = self.rate(z + h / 2 * k1)
-            k3 = self.rate(z + h / 2 * k2)
-            k4 = self.rate(z + h * k3)
+            k1 = self._rate(z)
+            k2 = self._rate(z + h / 2 * k1)
+            k3 = self._rate(z + h / 2 * k2)
+            k4 = self._rate(z + h * k3)
             z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return z
 
 
+@checked(plant=FUNCTION)
 def linearize(plant: Callable[..., Tensor], z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """A `(n, n)` and B `(n, m)` of plant(z, u, 0) at one state z `(n,)` and input u `(m,)`.
 
@@ -288,11 +337,23 @@ def linearize(plant: Callable[..., Tensor], z: Tensor, u: Tensor) -> tuple[Tenso
     tensor([[1.0375, 0.0500],
             [0.7500, 1.0000]])
     """
+    for name, value in (("z", z), ("u", u)):
+        if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point():
+            raise ShapeError(f"linearize: {name} must be a floating tensor of one dimension, got {shown(value)}")
 
     def step(z: Tensor, u: Tensor) -> Tensor:
         return plant(z[None], u[None], z.new_zeros(()))[0]
 
     return torch.autograd.functional.jacobian(step, (z.detach(), u.detach()))  # pyright: ignore[reportReturnType]
+
+
+def _check_fields(plant: Any, positive: tuple[str, ...] = ()) -> None:
+    """All numbers of a plant are finite, but that a bound may be infinite; some are positive."""
+    for field in fields(plant):
+        value = getattr(plant, field.name)
+        if field.type in ("float", float):
+            check = number(above=0, infinite=field.name in BOUNDS) if field.name in positive else number()
+            require_that(type(plant).__name__, field.name, check, value)
 
 
 def _incidence(ends: tuple[int | None, ...]) -> Tensor:

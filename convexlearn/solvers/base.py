@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from convexlearn.errors import AdjointWarning, OptionError, check_options
+from convexlearn.checks import count, number, require_that
+from convexlearn.errors import AdjointWarning, check_options
 from convexlearn.program.program import (
     INACCURATE_RESIDUAL,
     SOLVED_RESIDUAL,
@@ -16,6 +17,15 @@ from convexlearn.program.program import (
     Solution,
     Status,
 )
+
+LIMITS = {
+    "tolerance": number(above=0, below=1),
+    "max_iterations": count(),
+    "time_limit": number(above=0, infinite=True),
+    "threads": count(),
+    "smoothing": number(least=0),
+}
+"""What options must be where a solver has them and they are not None."""
 
 ADJOINT_TOLERANCE = 1e-6
 EQUILIBRATIONS = 6
@@ -36,12 +46,10 @@ class Options:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1:
-            raise OptionError(f"tolerance must lie in (0, 1), got {self.tolerance}")
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise OptionError(f"max_iterations must be at least 1, got {self.max_iterations}")
-        if self.time_limit is not None and self.time_limit <= 0:
-            raise OptionError(f"time_limit must be positive seconds, got {self.time_limit}")
+        for name, check in LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None or name == "tolerance":
+                require_that("solver option", name, check, value)
 
     def updated(self, where: str, **changes: Any) -> "Options":
         """A copy with some options replaced; an unknown name is an OptionError."""

@@ -12,7 +12,6 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError
 from convexlearn.parallel import cores, run
 from convexlearn.program.program import CPU, Cones, Program, ProgramData, Solution, Status, as_array
 from convexlearn.program.reduce import Arrays, Pair
@@ -40,11 +39,6 @@ class ConicOptions(Options):
     """Options of the conic solver. threads: None means the cores this process may use; results don't depend on it."""
 
     threads: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads must be at least 1, got {self.threads}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,10 +66,6 @@ class QuadraticOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.smoothing < 0:
-            raise OptionError(f"smoothing must be nonnegative, got {self.smoothing}")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads must be at least 1, got {self.threads}")
         if self.path not in PATHS:
             raise OptionError(f"path='{self.path}': {suggest(self.path, PATHS)}")
         if self.path == "sparse" and self.smoothing:

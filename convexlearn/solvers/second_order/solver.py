@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.errors import OptionError
 from convexlearn.program.program import CPU, SOLVED_RESIDUAL, Cones, Program, ProgramData, Solution, as_array
 from convexlearn.solvers.base import ADJOINT_TOLERANCE, Options, warn_adjoint
 from convexlearn.solvers.quadratic.paths import gradients
@@ -24,11 +23,6 @@ class SecondOrderOptions(Options):
     """
 
     threads: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads must be at least 1, got {self.threads}")
 
 
 class SecondOrder:
