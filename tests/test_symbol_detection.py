@@ -122,10 +122,10 @@ def test_excesses_name_the_ratios_at_which_a_rule_errs_more():
     setting = find("symbol-detection").configure(**SMALL)
     exact = symbol_detection.build(0, setting).contenders["BCJR"].rule
     options = {"blocks": 4, "length": 200}
-    assert symbol_detection.excesses(setting, exact, exact, 0, **options) == []
+    assert symbol_detection.excesses(symbol_detection.excess(exact, exact, setting.names, 0, **options)) == []
     worse = symbol_detection.build(0, setting).contenders["BCJR"].rule
     worse.factor.taps = worse.factor.taps * torch.tensor([1.0, 1.0, 0.3])[:, None, None].expand(3, 2, 4).flatten(0, 1)
-    found = symbol_detection.excesses(setting, worse, exact, 0, **options)
+    found = symbol_detection.excesses(symbol_detection.excess(worse, exact, setting.names, 0, **options))
     assert len(found) == 1
     assert "expected error at 10 dB, over 1.15" in found[0]
 
@@ -175,6 +175,7 @@ def test_tables_and_figures_of_a_small_run():
     assert list(texts) == [
         "expected error rate relative to BCJR",
         "expected error rate relative to BCJR with uncertain taps",
+        "expected error rate relative to BCJR on 50 more blocks of 1000 symbols of each channel",
     ]
     drawn = entry.figures(result)
     assert len(drawn["errors"].containers) == len(result.records)
