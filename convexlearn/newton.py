@@ -33,7 +33,13 @@ class _Step(NamedTuple):
 
 
 def minimize(
-    function: Function, start: Tensor, data: tuple[Tensor, ...] = (), *, tol: float = 1e-9, max_iterations: int = 200
+    function: Function,
+    start: Tensor,
+    data: tuple[Tensor, ...] = (),
+    *,
+    tol: float = 1e-9,
+    max_iterations: int = 200,
+    closed_form: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Minimum:
     """A local minimum near `start` `(N, k)` for each sample: Newton's method, damped as by Levenberg and Marquardt.
 
@@ -54,7 +60,7 @@ def minimize(
         if len(active) == 0:
             break
         here, known = z[active], tuple(part[active] for part in data)
-        gradient, hessian = derivatives(function, here, known)
+        gradient, hessian = closed_form(here, *known) if closed_form else derivatives(function, here, known)
         with torch.no_grad():
             step = _damped(function, here, known, (gradient, hessian, damping[active], tol))
         moved = here[step.accepted] - _solve(

@@ -60,11 +60,13 @@ def stacked_mlp(
     hidden: Sequence[int] = (64, 64),
     activations: Sequence[Callable[[], nn.Module]] | None = None,
     uniform: bool = False,
+    zero: bool = False,
     seed: int | torch.Generator = 0,
 ) -> nn.Sequential:
     """`stack` multilayer perceptrons: `(B, C, ..., inputs)` -> `(B, C, ..., outputs)`; ReLUs by default.
 
-    uniform: weights and biases as torch.nn.Linear draws them, else normal weights and no biases.
+    uniform: weights and biases as torch.nn.Linear draws them, else normal weights and no biases. zero: the last layer
+    starts at zero, as suits a SkipConnection.
 
     >>> stacked_mlp(4, 1, 16, hidden=(8,), activations=[nn.Sigmoid])(torch.ones(2, 4, 9, 1)).shape
     torch.Size([2, 4, 9, 16])
@@ -79,9 +81,27 @@ def stacked_mlp(
             StackedLinear(stack, before, after, gain=None if uniform else 2.0, generator=generator),
             activation(),
         ]
-    gain = None if uniform else 1.0
+    gain = 0.0 if zero else None if uniform else 1.0
     last = StackedLinear(stack, ([inputs, *hidden])[-1], outputs, gain=gain, generator=generator)
     return nn.Sequential(*layers, last)
+
+
+class SkipConnection(nn.Module):
+    """linear(x) + network(x): a residual network, whose `network` learns what the linear map lacks.
+
+    >>> residual = SkipConnection(StackedLinear(4, 1, 2), stacked_mlp(4, 1, 2, hidden=(8,), zero=True))
+    >>> x = torch.ones(3, 4, 5, 1)
+    >>> torch.equal(residual(x), residual.linear(x))
+    True
+    """
+
+    def __init__(self, linear: StackedLinear, network: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.network = linear, network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs `(B, C, ..., outputs)`."""
+        return self.linear(x) + self.network(x)
 
 
 class SlidingBiLSTM(nn.Module):

@@ -1,7 +1,7 @@
 """Symbol detection on channels with memory: BCJR, a learned factor graph, and a recurrent network (Fig. 9)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,8 @@ from convexlearn.rules.sum_product import SumProduct
 from convexlearn.simulate.base import Trajectory
 from convexlearn.simulate.channel import Channel, decaying_taps
 from convexlearn.simulate.pairs import Pairs
-from convexlearn.stacked_networks import SlidingBiLSTM, stacked_mlp
+from convexlearn.softmax_regression import softmax_regression
+from convexlearn.stacked_networks import SkipConnection, SlidingBiLSTM, StackedLinear, stacked_mlp
 from convexlearn.tune import History
 
 TRELLIS = Trellis(2, 4)
@@ -39,7 +40,13 @@ KNOWN = {-6: 0.296, -2: 0.207, 2: 0.103, 6: 0.0195, 10: 0.0004}
 
 KNOWN_SYMBOLS = 120_000
 
+MOST = 1.15
+"""Most errors of the learned factor graph relative to BCJR."""
+
 UNCERTAIN = "{}, uncertain CSI"
+
+BATCH = 2
+"""Blocks of all channels that a rule gets at once."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class Setting:
     def ratios(self) -> list[int]:
         """Signal-to-noise ratios in dB."""
         return list(range(-6, 11, self.spacing))
+
+    @property
+    def names(self) -> list[str]:
+        """The same, as measures are named."""
+        return [f"{ratio} dB" for ratio in self.ratios]
 
     def channel(self, length: int, **options: Any) -> Channel:
         """All channels side by side, `(ratios x channels,)`: those of one ratio follow each other."""
@@ -107,21 +119,40 @@ class Classifier(nn.Module):
 
 
 def classify(train: Pairs, epochs: int = 20, batch_size: int = 100) -> Callable[[Any, Budget], History]:
-    """Fit the network of a learned factor graph as a classifier of states by cross-entropy, as published."""
-    x, labels = torch.as_tensor(train.x).float(), torch.as_tensor(train.s)
+    """Fit the network of a learned factor graph as a classifier of states by cross-entropy.
+
+    First its linear part alone, to the maximum of likelihood, which is a convex problem; then all of it, as published.
+    """
+    x, labels = torch.as_tensor(train.x), torch.as_tensor(train.s)
     known = x[..., TRELLIS.memory - 1 :], TRELLIS.states(labels)  # (B, C, T - memory + 1)
-    pairs = Pairs(*(part.transpose(1, 2).flatten(0, 1)[..., None] for part in known))
+    x, states = (part.transpose(1, 2).flatten(0, 1) for part in known)
+    pairs = Pairs(x[..., None].float(), states[..., None])
 
     steps = epochs * (len(pairs) // batch_size)
-    fit = gradient(pairs, cross_entropy, steps=steps, learning_rate=1e-2, batch_size=batch_size)
-    return lambda rule, budget: fit(Classifier(rule.factor), budget)
+    descend = gradient(pairs, cross_entropy, steps=steps, learning_rate=1e-2, batch_size=batch_size)
+
+    def fit(rule: Any, budget: Budget) -> History:
+        linear = rule.factor.network.linear
+        weights, biases = softmax_regression(x.T[..., None], states.T, TRELLIS.size)
+        with torch.no_grad():
+            linear.weight.copy_(weights)
+            linear.bias.copy_(biases)
+        return descend(Classifier(rule.factor), budget)
+
+    return fit
 
 
 def learned(stack: int, seed: int) -> SumProduct:
-    """The learned factor graphs of all channels, with the published network, which starts as nn.Linear does."""
-    layers = [nn.Sigmoid, nn.ReLU]
-    network = stacked_mlp(stack, 1, TRELLIS.size, hidden=(100, 50), activations=layers, uniform=True, seed=seed)
-    return SumProduct(LearnedFactor(network, TRELLIS), labels=TRELLIS.labels)
+    """The learned factor graphs of all channels: the published network with a skip connection from x to the scores.
+
+    With Gaussian noise of one variance, log-likelihoods of the states are linear in x up to a term that they share, so
+    that the linear part can be exact; it still learns everything from the training blocks.
+    """
+    generator, layers = torch.Generator().manual_seed(seed), [nn.Sigmoid, nn.ReLU]
+    options = {"hidden": (100, 50), "activations": layers, "uniform": True, "zero": True}
+    network = stacked_mlp(stack, 1, TRELLIS.size, **options, seed=generator)
+    linear = StackedLinear(stack, 1, TRELLIS.size, gain=0.0, generator=generator)
+    return SumProduct(LearnedFactor(SkipConnection(linear, network), TRELLIS), labels=TRELLIS.labels)
 
 
 def declare(length: int = 3) -> cp.Problem:
@@ -136,19 +167,27 @@ def declare(length: int = 3) -> cp.Problem:
     return cp.Problem(cp.Minimize(total), constraints)
 
 
-def measures(setting: Setting) -> dict[str, Objective]:
-    """Symbol error rate by signal-to-noise ratio, each averaged over the channels."""
+def measures(ratios: Sequence[str], channels: int, rate: Objective = error_rate) -> dict[str, Objective]:
+    """`rate` by signal-to-noise ratio, averaged over the channels of each, of which there are `channels`."""
 
     def at(k: int) -> Objective:
-        mine = slice(k * setting.channels, (k + 1) * setting.channels)
+        mine = slice(k * channels, (k + 1) * channels)
 
-        def rate(trajectory: Trajectory) -> Tensor:
+        def own(trajectory: Trajectory) -> Tensor:
             decision, target = trajectory.decision[:, mine], trajectory.target[:, mine]
-            return error_rate(replace(trajectory, decision=decision, target=target))
+            return rate(replace(trajectory, decision=decision, target=target))
 
-        return rate
+        return own
 
-    return {f"{ratio} dB": at(k) for k, ratio in enumerate(setting.ratios)}
+    return {ratio: at(k) for k, ratio in enumerate(ratios)}
+
+
+def expected_error_rate(trajectory: Trajectory) -> Tensor:
+    """Probability of a wrong symbol given the observations `(B,)`; the targets are posteriors `(B, C, T, 2)`."""
+    decision, posterior = trajectory.decision, trajectory.target
+    symbols = decision.argmax(-1) if decision.shape == posterior.shape else decision
+    right = posterior.gather(-1, symbols[..., None])
+    return (1 - right).flatten(1).mean(-1)
 
 
 def build(seed: int, setting: Setting) -> Study:
@@ -183,7 +222,7 @@ def build(seed: int, setting: Setting) -> Study:
         "learned factor graph, uncertain CSI": Contender(learned(stack, seed), classify(varied)),
         "SBRNN, uncertain CSI": Contender(recurrent(), descend(varied, 80, 1e-2)),
     }
-    return Study(declare(), contenders, test, measures(setting))
+    return Study(declare(), contenders, test, measures(setting.names, setting.channels))
 
 
 def relative(result: Result, name: str, other: str) -> dict[str, Estimate]:
@@ -203,15 +242,36 @@ def average(result: Result, name: str) -> float:
     return sum(estimates) / len(estimates)
 
 
+def with_posteriors(exact: nn.Module, blocks: Pairs) -> Pairs:
+    """The blocks with the symbols' probabilities by BCJR `(B, C, T, 2)` as targets, for `expected_error_rate`."""
+    with torch.no_grad():
+        parts = [exact(*blocks.subset(rows).x).exp() for rows in torch.arange(len(blocks)).split(BATCH)]
+    return Pairs(blocks.x, torch.cat(parts))
+
+
+def expected(rule: Any, other: Any, blocks: Pairs, ratios: Sequence[str]) -> dict[str, Estimate]:
+    """Expected error rate of one rule over that of another on the same blocks, which come `with_posteriors`.
+
+    Its variance is far less than that of counted errors, of which there are few at high signal-to-noise ratios.
+    """
+    judged = measures(ratios, blocks.s.shape[1] // len(ratios), expected_error_rate)  # type: ignore[union-attr]
+    a, b = (evaluate(one, blocks, judged, batch_size=BATCH) for one in (rule, other))
+    found = {}
+    for ratio in ratios:
+        mean = a[ratio].mean / b[ratio].mean
+        spread = (a[ratio].values - mean * b[ratio].values).std().item() / math.sqrt(len(blocks)) / b[ratio].mean
+        found[ratio] = Estimate(mean, spread)
+    return found
+
+
 def departures(setting: Setting, rule: Any, seed: int, blocks: int = 20, length: int = 1000) -> list[str]:
     """Sentences on the ratios at which BCJR is over three standard errors from KNOWN, on fresh, long blocks.
 
     Few errors and few blocks, as in the table, would leave the standard errors themselves uncertain.
     """
-    found, missed = (
-        evaluate(rule, setting.channel(length), measures(setting), samples=blocks, batch_size=2, seed=seed),
-        [],
-    )
+    judged = measures(setting.names, setting.channels)
+    found = evaluate(rule, setting.channel(length), judged, samples=blocks, batch_size=BATCH, seed=seed)
+    missed = []
     for ratio, known in KNOWN.items():
         rate = found[f"{ratio} dB"]
         error = math.hypot(rate.standard_error, math.sqrt(known * (1 - known) / KNOWN_SYMBOLS))
@@ -220,20 +280,42 @@ def departures(setting: Setting, rule: Any, seed: int, blocks: int = 20, length:
     return missed
 
 
+def excess(
+    rule: Any, exact: SumProduct, ratios: Sequence[str], seed: int, *, blocks: int = 50, length: int = 1000
+) -> dict[str, Estimate]:
+    """Expected error rate of a rule over that of BCJR on fresh, long blocks of the channels that BCJR knows."""
+    known = {"taps": exact.factor.taps, "deviation": exact.factor.deviation}
+    channel = Channel(**known, length=length, estimate=UNCERTAINTY)
+    drawn = channel.draw(blocks, make_generator(seed, "long"))[0]
+    return expected(rule, exact, with_posteriors(exact, drawn), ratios)
+
+
+def excesses(found: Mapping[str, Estimate]) -> list[str]:
+    """Sentences on the ratios at which the learned factor graph expects over MOST times BCJR's errors."""
+    return [
+        f"the learned factor graph has {ratio.text(4)} times BCJR's expected error at {name}, over {MOST}"
+        for name, ratio in found.items()
+        if ratio.mean > MOST
+    ]
+
+
 def misses(result: Result) -> list[str]:
     """What a full run should show and does not: see ENTRY.reference."""
-    return departures(ENTRY.setting, result.rules["BCJR"], result.seed) + failures(result)
+    known = departures(ENTRY.setting, result.rules["BCJR"], result.seed)
+    return known + excesses(_graph_excess(result)) + failures(result)
+
+
+def _graph_excess(result: Result) -> dict[str, Estimate]:
+    exact: Any = result.rules["BCJR"]
+    return excess(result.rules["learned factor graph"], exact, list(result.study.measures), result.seed)
 
 
 def failures(result: Result) -> list[str]:
     """Which of the comparisons between rules come out otherwise than they should."""
     missed = []
     graph, network = "learned factor graph", "SBRNN"
-    for measure, ratio in relative(result, graph, "BCJR").items():
-        if ratio.mean > 1.15 + 3 * ratio.standard_error:
-            missed.append(f"the learned factor graph has {ratio.text()} times BCJR's error at {measure}")
-    if average(result, graph) > 1.15 * average(result, "BCJR"):
-        missed.append("the learned factor graph has over 1.15 times BCJR's error on average")
+    if average(result, graph) > MOST * average(result, "BCJR"):
+        missed.append(f"the learned factor graph has over {MOST} times BCJR's error on average")
     for measure, ratio in relative(result, UNCERTAIN.format(graph), UNCERTAIN.format("BCJR")).items():
         if measure in ("6 dB", "10 dB") and ratio.mean > 0.7:
             missed.append(f"trained on uncertain channels it has {ratio.text()} times BCJR's error at {measure}")
@@ -244,15 +326,20 @@ def failures(result: Result) -> list[str]:
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Error rates relative to those of BCJR with the same knowledge."""
-    shown = {}
+    """Expected error rates on the test blocks relative to those of BCJR with the same knowledge."""
+    shown, measured = {}, list(result.study.measures)
+    blocks = with_posteriors(result.rules["BCJR"], result.study.test)
     for title, base, names in (
-        ("error rate relative to BCJR", "BCJR", _names(result, False)),
-        ("error rate relative to BCJR with uncertain taps", UNCERTAIN.format("BCJR"), _names(result, True)),
+        ("expected error rate relative to BCJR", "BCJR", _names(result, False)),
+        ("expected error rate relative to BCJR with uncertain taps", UNCERTAIN.format("BCJR"), _names(result, True)),
     ):
-        rows = [[n, *(e.text() for e in relative(result, n, base).values())] for n in names if n != base]
-        shown[title] = format_table(["rule", *result.study.measures], rows, 1 + len(result.study.measures))
-    return shown
+        other = result.rules[base]
+        ratios = {n: expected(result.rules[n], other, blocks, measured) for n in names if n != base}
+        rows = [[n, *(e.text() for e in found.values())] for n, found in ratios.items()]
+        shown[title] = format_table(["rule", *measured], rows, 1 + len(measured))
+    row = ["learned factor graph", *(e.text(4) for e in _graph_excess(result).values())]
+    title = "expected error rate relative to BCJR on 50 more blocks of 1000 symbols of each channel"
+    return shown | {title: format_table(["rule", *measured], [row], 1 + len(measured))}
 
 
 def _names(result: Result, uncertain: bool) -> list[str]:
@@ -291,7 +378,8 @@ taps: exp(-gamma l), l = 0, ..., 3, averaged over gamma = 0.1, ..., 2; uncertain
 trained on 10 blocks of 500 symbols of each channel, which with uncertain CSI have taps of their own""",
     reference=Reference(
         "BCJR within three standard errors of 0.296, 0.207, 0.103, 0.0195, 0.0004 at -6, -2, 2, 6, 10 dB; the learned "
-        "factor graph within 1.15 times its error (three standard errors above are let pass, which at 10 dB are many); "
+        "factor graph within 1.15 times its error at each of them (errors expected given the observations, on 50 more "
+        "blocks of 1000 symbols of each channel); "
         "trained on uncertain channels at most 0.7 times that of BCJR with uncertain taps at 6 and 10 dB (0.53, 0.03; "
         "at -6, -2, 2 dB BCJR with the true taps is itself at 0.98, 0.94, 0.85 of it); SBRNN worse than the learned "
         "factor graph on average",

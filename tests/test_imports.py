@@ -54,6 +54,7 @@ terms
 split_instance
 splitting
 riccati block_tridiagonal newton
+softmax_regression
 chain_kernels
 chain
 networks stacked_networks gain_networks convolution

@@ -50,6 +50,22 @@ def test_derivatives_equal_those_of_autograd():
         torch.testing.assert_close(hessian[i], torch.autograd.functional.hessian(one, z[i]))
 
 
+def test_derivatives_in_closed_form_replace_those_of_autograd():
+    c = _rows([[1.0, -2.0, 0.5], [0.2, 0.1, 3.0]])
+    calls = []
+
+    def derivatives(z, c):
+        calls.append(len(z))
+        return z.exp() - c.exp(), torch.diag_embed(z.exp())
+
+    found = newton.minimize(
+        lambda z, c: (z.exp() - c.exp() * z).sum(1), torch.zeros_like(c), (c,), closed_form=derivatives
+    )
+    torch.testing.assert_close(found.point, c, atol=1e-9, rtol=0)
+    assert found.converged.all()
+    assert len(calls) == found.iterations.max()
+
+
 def test_blocks_change_nothing(monkeypatch):
     z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2)
     whole = newton.derivatives(lambda z: (z**4).sum(1), z)

@@ -9,7 +9,7 @@ from convexlearn.errors import OptionError, ShapeError
 from convexlearn.objectives import cross_entropy, error_rate
 from convexlearn.rules.neural import NeuralRule
 from convexlearn.simulate.pairs import Pairs
-from convexlearn.stacked_networks import SlidingBiLSTM, StackedLinear, stacked_mlp
+from convexlearn.stacked_networks import SkipConnection, SlidingBiLSTM, StackedLinear, stacked_mlp
 from convexlearn.tune import tune
 
 DOUBLE = torch.float64
@@ -55,6 +55,28 @@ def test_each_network_of_a_stack_is_a_perceptron_of_its_own():
     for c in range(3):
         hidden = torch.relu(x[:, c] @ first.weight[c] + first.bias[c])
         torch.testing.assert_close(stack(x)[:, c], hidden @ last.weight[c] + last.bias[c])
+
+
+def test_a_skip_connection_adds_a_linear_map_and_starts_as_it():
+    network = SkipConnection(StackedLinear(3, 2, 4), stacked_mlp(3, 2, 4, hidden=(5,), zero=True)).double()
+    x = draw(6, 3, 2)
+    for c in range(3):
+        linear = x[:, c] @ network.linear.weight[c] + network.linear.bias[c]
+        torch.testing.assert_close(network(x)[:, c], linear)
+    with torch.no_grad():
+        network.network[-1].weight.copy_(draw(3, 5, 4, seed=1))
+    torch.testing.assert_close(network(x), network.linear(x) + network.network(x))
+    assert not torch.allclose(network(x), network.linear(x))
+
+
+def test_a_skip_connections_network_learns_what_the_linear_map_lacks():
+    """Two classes of equal means and unequal variances, among which linear scores only guess (0.5)."""
+    labels = torch.arange(400)[:, None] % 2
+    x = draw(400, 1, 1).float() * torch.where(labels == 1, 3.0, 0.6)[..., None]
+    network = SkipConnection(StackedLinear(1, 1, 2), stacked_mlp(1, 1, 2, hidden=(16,), zero=True))
+    tune(network, Pairs(x, labels), cross_entropy, steps=200, learning_rate=0.03, progress=False)
+    with torch.no_grad():
+        assert error_rate(Pairs(x, labels)(network)).mean() < 0.27
 
 
 def torch_lstm(rule, network=0):
