@@ -78,7 +78,7 @@ class Descent:
 
     def run(self, steps: int, progress: bool) -> History:
         modes = {part: part.training for part in self.rule.modules()}
-        self.current = self.snapshot()
+        self.current, begin = self.snapshot(), time.perf_counter()
         fallback = None
         try:
             self.begin()
@@ -108,6 +108,7 @@ class Descent:
             self.optimizer.zero_grad()
             for part, training in modes.items():
                 part.training = training
+            self.history.seconds = time.perf_counter() - begin
         return self.history
 
     def begin(self) -> None:

@@ -1,6 +1,7 @@
 """The record of a tuning run."""
 
 import json
+import math
 from typing import Any
 
 from convexlearn.checks import AXES, require_that, shown
@@ -14,16 +15,33 @@ class History(list[dict[str, Any]]):
     The loss at index i belongs to the weights before update i + 1, the validation value to those after
     it. `best`: {"step", "value", "measure"} of the weights that were kept, "step" being the number of
     updates behind them (None when the last ones were kept); `start`: the validation value before the
-    first update, if any; `stopped`: why the run ended before its last step, or "".
+    first update, if any; `stopped`: why the run ended before its last step, or ""; `seconds`: what the call of
+    `tune` took. The representation is a summary; `list(history)` shows every step.
 
     >>> history = History([{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0}])
     >>> history[-1]["loss"], history.column("loss")
     (1.0, [2.0, 1.0])
+    >>> history
+    History(2 steps, loss 2 first, 1 last)
     """
 
     best: dict[str, Any] | None = None
     start: float | None = None
     stopped: str = ""
+    seconds: float = math.nan
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} steps" + (f" in {self.seconds:.3g} s" if math.isfinite(self.seconds) else "")]
+        losses = self.column("loss")
+        if losses:
+            parts.append(f"loss {losses[0]:.4g} first, {losses[-1]:.4g} last")
+        if self.start is not None:
+            parts.append(f"validation {self.start:.4g} at the start")
+        if self.best is not None:
+            parts.append(f"best {self.best['measure']} {self.best['value']:.4g} after {self.best['step']} steps")
+        if self.stopped:
+            parts.append(f"stopped: {self.stopped}")
+        return f"History({', '.join(parts)})"
 
     def column(self, name: str) -> list[Any]:
         """The values of one column, steps without it left out."""

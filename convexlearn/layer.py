@@ -84,8 +84,9 @@ class ConvexLayer(nn.Module):
     problem: a DPP `cvxpy.Problem` (parametric `quad_form(x, P)` in the objective is fine).
     parameters: its parameters, in the order of the arguments of forward. variables: what forward
     returns: variables, dual variables (`constraint.dual_variables[0]`) or affine expressions.
-    solver: None, a name in `convexlearn.solvers.SOLVERS`, or a Solver; names of CVXPY's solvers stand
-    for None. solver_args: options of the solver. on_failure: "raise", "nan" (NaN rows, zero gradient)
+    solver: None, a name in `convexlearn.solvers.SOLVERS`, or a Solver. Names of CVXPY's solvers (ECOS, SCS, ...)
+    stand for None: a solver of our own does the work, and `layer.solver` and the layer's representation
+    name it. solver_args: options of the solver. on_failure: "raise", "nan" (NaN rows, zero gradient)
     or "fallback" (rows of `fallback`, zero gradient). check: compare the compiled problem with
     CVXPY's own data on one instance.
 
@@ -122,6 +123,7 @@ class ConvexLayer(nn.Module):
         super().__init__()
         check_declaration(problem, parameters, variables)
         self.on_failure, self.gp = on_failure, gp
+        self._instead_of = solver if isinstance(solver, str) and find(solver) is None else None
         self._declaration = Declaration.of(problem, parameters, variables)
         self._compiled, self._solver = _compile(self._declaration, solver, gp, canon_backend)
         if check:
@@ -202,9 +204,10 @@ class ConvexLayer(nn.Module):
         program = self._compiled.program
         inputs = ", ".join(f"{p.name} {p.shape} {p.domain.describe()}" for p in self._compiled.parameters)
         outputs = ", ".join(f"{o.name} {o.shape}" for o in self._compiled.outputs)
+        solver = self._solver.name + (f" (in place of {self._instead_of})" if self._instead_of else "")
         return (
             f"parameters: {inputs or 'none'}\nreturns: {outputs}\n"
-            f"solver: {self._solver.name}, {program.n} variables, {program.m} rows, on_failure={self.on_failure!r}"
+            f"solver: {solver}, {program.n} variables, {program.m} rows, on_failure={self.on_failure!r}"
         )
 
     def __getstate__(self) -> dict:

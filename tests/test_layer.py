@@ -700,6 +700,12 @@ class TestModule:
         file.seek(0)
         assert set(torch.load(file, weights_only=True)) == {"linear.weight", "linear.bias"}
 
+    def test_repr_names_who_solves_in_place_of_whom(self):
+        layer = ConvexLayer(*box_problem(), solver="ecos")
+        assert "solver: quadratic (in place of ecos), " in repr(layer)
+        assert repr(layer.solver) == "<solver 'quadratic'>"
+        assert "in place" not in repr(ConvexLayer(*box_problem(), solver="dense"))
+
     def test_repr(self, box):
         text = repr(ConvexLayer(*box_problem(), on_failure="nan"))
         for part in ("ConvexLayer", "target (3,)", "low ()", "returns: x (3,)", "solver: ", "on_failure='nan'"):

@@ -20,6 +20,7 @@ def test_table(solver_name):
     solver = find(solver_name.upper())
     assert isinstance(solver, Solver)
     assert solver.name == solver_name
+    assert repr(solver) == f"<solver '{solver_name}'>"
     assert find(solver) is solver
 
 

@@ -549,3 +549,16 @@ def test_targets_that_are_no_numbers_are_named(batch_size):
         if batch_size is not None:
             stack.enter_context(pytest.warns(NonFiniteWarning, match=told))
         tune(rule, Pairs(X, target), squared_error, **options)
+
+
+def test_a_history_is_shown_in_one_line():
+    _, history = run(steps=20, validation=VALID)
+    best = f"best validation {history.best['value']:.4g} after {history.best['step']} steps"
+    ends = f"loss {history[0]['loss']:.4g} first, {history[-1]['loss']:.4g} last"
+    seconds = f"{history.seconds:.3g}"
+    text = f"History(20 steps in {seconds} s, {ends}, validation {history.start:.4g} at the start, {best})"
+    assert repr(history) == str(history) == text
+    assert 0 < history.seconds < 60
+    _, history = run(callback=lambda record: record["step"] == 1)
+    assert repr(history).endswith(", stopped: stopped by the callback after step 2)")
+    assert repr(History()) == "History(0 steps)"

@@ -57,6 +57,15 @@ class Options:
         return replace(self, **changes)
 
 
+class Named:
+    """A solver that is shown by its name."""
+
+    name: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"<solver '{self.name}'>"
+
+
 @runtime_checkable
 class Solver(Protocol):
     """solve(program, data) and adjoint(solution, dx, dz); stateless, so that layers can share it.

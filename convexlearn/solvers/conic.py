@@ -15,7 +15,7 @@ from torch import Tensor
 from convexlearn.parallel import cores, run
 from convexlearn.program.program import CPU, Cones, Program, ProgramData, Solution, Status, as_array
 from convexlearn.program.reduce import Arrays, Pair
-from convexlearn.solvers.base import Options, status_from_residual, warn_adjoint
+from convexlearn.solvers.base import Named, Options, status_from_residual, warn_adjoint
 from convexlearn.solvers.cones import Array, groups, project, project_dual, psd_order, split
 from convexlearn.solvers.conic_newton import Conditions, polish
 from convexlearn.solvers.quadratic.paths import gradients, select
@@ -50,7 +50,7 @@ class _State:
     threads: int | None
 
 
-class Conic:
+class Conic(Named):
     """Second-order, exponential, power and PSD cones with a quadratic objective.
 
     Clarabel (Goulart and Chen, 2024) solves to moderate accuracy; damped Newton steps on the optimality

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convexlearn.errors import AdjointWarning, OptionError
 from convexlearn.program.program import Cones, Program, ProgramData, Solution, Status
-from convexlearn.solvers.base import Options, status_from_residual
+from convexlearn.solvers.base import Named, Options, status_from_residual
 
 MODES = ("dense", "lsmr", "lsqr")
 DENSE_ORDER = 400
@@ -49,7 +49,7 @@ class _Solved(NamedTuple):
     adjoint: Any
 
 
-class Diffcp:
+class Diffcp(Named):
     """Second-order, exponential and PSD cones, one sample after the other in threads.
 
     SCS runs to eps = tolerance (default 1e-10), since the derivative is only as good as the point it is

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convexlearn.program.program import Program, ProgramData, Solution, Status
 from convexlearn.solvers.base import (
+    Named,
     Options,
     dual_infeasible,
     polyhedral_residual,
@@ -36,7 +37,7 @@ class DenseOptions(Options):
     """Options of the dense solver; its own iteration limit is 100."""
 
 
-class Dense:
+class Dense(Named):
     """The dense solver: small or dense QPs and LPs, any device; memory grows with B (n + m)^2.
 
     Gradients are those of the active set {i: z_i > s_i} at the solution: with weakly active or

@@ -24,6 +24,7 @@ from convexlearn.program.program import (
 from convexlearn.program.reduce import Arrays, Pair, Reduction, reduce
 from convexlearn.solvers.base import (
     ADJOINT_TOLERANCE,
+    Named,
     Options,
     dual_infeasible,
     primal_infeasible,
@@ -72,7 +73,7 @@ class QuadraticOptions(Options):
             raise OptionError("smoothing needs the interior point of our own; leave path='auto'")
 
 
-class Quadratic:
+class Quadratic(Named):
     """QPs and LPs in batches: exact solutions, duals and gradients.
 
     Gradients are those of the active set that the solver found; with weakly active or duplicated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.program.program import CPU, SOLVED_RESIDUAL, Cones, Program, ProgramData, Solution, as_array
-from convexlearn.solvers.base import ADJOINT_TOLERANCE, Options, warn_adjoint
+from convexlearn.solvers.base import ADJOINT_TOLERANCE, Named, Options, warn_adjoint
 from convexlearn.solvers.quadratic.paths import gradients
 from convexlearn.solvers.second_order.certificates import residuals, statuses
 
@@ -25,7 +25,7 @@ class SecondOrderOptions(Options):
     threads: int | None = None
 
 
-class SecondOrder:
+class SecondOrder(Named):
     """Quadratic objectives over second-order cones, in batches: exact solutions, duals and gradients.
 
     A homogeneous interior point finds the face of the cones, Newton steps on it the solution; the
