@@ -284,8 +284,8 @@ def excess(
     rule: Any, exact: SumProduct, ratios: Sequence[str], seed: int, *, blocks: int = 50, length: int = 1000
 ) -> dict[str, Estimate]:
     """Expected error rate of a rule over that of BCJR on fresh, long blocks of the channels that BCJR knows."""
-    known = {"taps": exact.factor.taps, "deviation": exact.factor.deviation}
-    channel = Channel(**known, length=length, estimate=UNCERTAINTY)
+    factor: Any = exact.factor
+    channel = Channel(taps=factor.taps, deviation=factor.deviation, length=length, estimate=UNCERTAINTY)
     drawn = channel.draw(blocks, make_generator(seed, "long"))[0]
     return expected(rule, exact, with_posteriors(exact, drawn), ratios)
 
