@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convexlearn.checks import checked, count
+from convexlearn.checks import checked, count, shown
 from convexlearn.errors import DomainError, OptionError, ShapeError
 from convexlearn.inputs import as_contexts, as_tensor, start_state
 from convexlearn.riccati import (
@@ -253,15 +253,8 @@ def _position(rule: Any, step: int) -> int:
 def _state(rule: DecisionRule, name: str, x: Any, size: int) -> Tensor:
     """x `(B, size)`, floating: a gain in the dtype of integers would be rounded."""
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != size or x.is_complex():
-        got = (
-            x.dtype
-            if isinstance(x, Tensor) and x.is_complex()
-            else tuple(x.shape)
-            if isinstance(x, Tensor)
-            else f"{len(x)} contexts"
-            if isinstance(x, tuple)
-            else repr(x)
-        )
+        shape = tuple(x.shape) if isinstance(x, Tensor) and not x.is_complex() else shown(x)
+        got = f"{len(x)} contexts" if isinstance(x, tuple) else shape
         raise ShapeError(f"{type(rule).__name__}: {name} must have shape (B, {size}) per step, got {got}")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 

@@ -223,7 +223,7 @@ class _Run:
         x = z
         if loop.observe is not None:
             x = loop.observe(z, t, w)
-            _check_parts(x, self.batch, "observe(z, t, w)")
+            _check_parts(x, self.batch, "observe(z, t, w)", real=False)
         self.doing = "the rule"
         if t == 0:
             memory = rule.start(x)
@@ -355,17 +355,17 @@ def _parts(value: Any, where: str) -> list[Tensor]:
     raise MissingParameterError(f"ClosedLoop: {where} must give a tensor or a tuple of tensors, got {got}")
 
 
-def _check_parts(value: Any, batch: int, where: str) -> None:
+def _check_parts(value: Any, batch: int, where: str, *, real: bool = True) -> None:
     """Refuse what is no tensor or tuple of tensors `(batch, ...)`, or an empty one."""
     parts = _parts(value, where)
     if not parts:
         raise ShapeError(f"ClosedLoop: {where} must give a tensor or a tuple of tensors, got an empty tuple")
     for part in parts:
         _check_batch(part, batch, where)
+        if real and part.is_complex():
+            raise ShapeError(f"ClosedLoop: {where} must be real, got {part.dtype}")
 
 
 def _check_batch(part: Tensor, batch: int, where: str) -> None:
     if part.ndim == 0 or len(part) != batch:
         raise ShapeError(f"ClosedLoop: {where} must have the batch first, ({batch}, ...), got {tuple(part.shape)}")
-    if part.is_complex():
-        raise ShapeError(f"ClosedLoop: {where} must be real, got {part.dtype}")
