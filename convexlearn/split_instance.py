@@ -48,7 +48,7 @@ class BoundTerm:
         if self.program is not None:
             return self.program(u - self.offset, t, **self.data) + self.offset
         natural = u.reshape(len(u), *self.shape)
-        return self.entry.prox(natural, self.fit(t), **self.data).reshape(u.shape)
+        return self.entry.bare(natural, self.fit(t), **self.data).reshape(u.shape)
 
     def fit(self, t: Any) -> Any:
         """The threshold t, scalar, `(B, 1)`, or one per entry or group, shaped to act on the natural shape."""

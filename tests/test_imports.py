@@ -46,7 +46,8 @@ layer_transforms
 layer_node
 layer
 diagnose
-spectral expression_text
+prox_arguments expression_text taut_string
+spectral
 prox convex_prox
 shrinkage
 affine_maps

@@ -188,8 +188,14 @@ class Iteration(ABC):
         second = second_argument(prox)
         if sigma is not None and second is None:
             raise OptionError("slot 'sigma' has a value, but the module in slot 'prox' takes none: forward(v, sigma)")
-        level = sigma if sigma is not None else noise_level(t) if second == "sigma" else t
+        level = sigma if sigma is not None else noise_level(t) if second == "sigma" else self._fit(t)
         return self._checked(lambda v: prox(v) if second is None else prox(v, level), z)
+
+    def _fit(self, t: Any) -> Any:
+        """A threshold of each sample `(B, 1)` in as many dimensions as the variable, where it is the only one."""
+        if len(self.split.variables) != 1 or not isinstance(t, Tensor) or t.ndim != 2 or t.shape[1] != 1:
+            return t
+        return t.reshape(len(t), *[1] * len(self.split.variables[0].shape))
 
     def _checked(self, call: Callable[[Any], Any], z: Tensor) -> Tensor:
         """call on the variables of z; a sample for which it returns no numbers fails, and it alone."""

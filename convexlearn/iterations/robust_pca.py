@@ -89,7 +89,7 @@ class RobustPCA(ISTA):
 
         def shrink(k: int, v: Tensor) -> Tensor:
             term, t, own = instance.terms[k], thresholds[k], shrinks[k]
-            return term.entry.prox(v, term.fit(t), **term.data) if own is None else own(v, t)
+            return term.entry.bare(v, term.fit(t), **term.data) if own is None else own(v, t)
 
         def advance(state: State) -> State:
             found = (shrink(k, v) for k, v in enumerate(inner(*self.unstack(state.z))))
