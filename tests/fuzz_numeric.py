@@ -1,5 +1,6 @@
 """Proximal maps, objectives and other functions of tensors with sound inputs, for the tests that give unsound ones."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +9,15 @@ import torch
 from fuzz_subjects import Subject, normal
 from torch import Tensor
 
-from convexlearn import prox, shrinkage, spectral
+import convexlearn as cl
+from convexlearn import objectives, prox, shrinkage, spectral
 
 
 @dataclass(frozen=True, eq=False)
 class Function(Subject):
-    """A Subject whose inputs may be complex where it says so; singular: NaN in float16 is not looked at."""
+    """A Subject of whose inputs the first `complexes` may be complex."""
 
-    complexes: bool = False
+    complexes: int = 0
 
 
 def maker(call: Any, *inputs: Tensor, **flags: Any) -> Callable[[], Function]:
@@ -23,6 +25,7 @@ def maker(call: Any, *inputs: Tensor, **flags: Any) -> Callable[[], Function]:
     return lambda: Function(call, inputs, **flags)
 
 
+NAN = math.nan
 V, M, Q, POSITIVE = (
     normal(3, 6, seed=1),
     normal(3, 4, 5, seed=2),
@@ -93,14 +96,80 @@ NATURAL = {"group": M, "nuclear": M, "psd_cone": Q, "symmetric": Q}
 DATA = {"box": {"lower": -0.5, "upper": 0.5}}
 
 
+def run_of(**parts: Any) -> cl.Trajectory:
+    """A trajectory with these parts, past the checks of Trajectory itself."""
+    run = cl.Trajectory(V, V)
+    for name, part in {"failed": torch.zeros(len(V), dtype=torch.bool), **parts}.items():
+        object.__setattr__(run, name, part)
+    return run
+
+
+def judged(objective: Callable[[cl.Trajectory], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """An objective as a function of decision and target."""
+    return lambda s, target: objective(run_of(decision=s, target=target))
+
+
+def rows(s: Any) -> int:
+    """The batch size of what may be no tensor."""
+    return len(s) if isinstance(s, Tensor) and s.ndim else 3
+
+
+def objective_functions() -> dict[str, Callable[[], Function]]:
+    """objectives.py."""
+    kinds = ("squared_error", "mean_squared_error", "known_squared_error", "absolute_error", "psnr")
+    targets, labels = normal(3, 6, seed=5), torch.tensor([1, 1, 1])
+    series, sequence = normal(3, 4, 2, seed=6), torch.tensor([[1, 0, 1, 1]] * 3)
+    found = {}
+    for kind in kinds:
+        objective = objectives.psnr(2.0) if kind == "psnr" else getattr(objectives, kind)
+        flags = {"lengths": True, "leading": True, "complexes": 2, "gaps": kind == "known_squared_error"}
+        found[kind] = maker(judged(objective), V, targets, **flags)
+    for kind in ("cross_entropy", "error_rate", "accuracy"):
+        objective = getattr(objectives, kind)
+        found[kind] = maker(lambda s, f=objective: judged(f)(s, labels[: rows(s)]), V, lengths=True)
+        found[f"{kind} over time"] = maker(
+            lambda s, f=objective: judged(f)(s, sequence[: rows(s)]), series, lengths=True
+        )
+    found["cost"] = maker(lambda c: objectives.cost(run_of(cost=c)), normal(3, 4, seed=7), **ENTRIES)
+    return found
+
+
+def unsound_objectives() -> list[tuple[str, Callable[[], Any]]]:
+    """Of objectives.py."""
+    compared = [objectives.squared_error, objectives.mean_squared_error, objectives.known_squared_error]
+    compared += [objectives.absolute_error, objectives.psnr(), objectives.error_rate, objectives.accuracy]
+    compared += [objectives.cross_entropy]
+    labels = torch.zeros(3, dtype=torch.int64)
+    run = cl.Trajectory(V, V)
+    wrong: list[Any] = [None, V, "x", 1.0, {"decision": V}]
+    junk = [lambda t: 1.0, lambda t: None, lambda t: V, lambda t: V.sum(), lambda t: 1j * V[:, 0], lambda t: [1, 2, 3]]
+    return [
+        *[("trajectory", lambda f=f, t=t: f(t)) for f in (*compared, objectives.cost) for t in wrong],
+        *[("targets", lambda f=f: f(run)) for f in compared],
+        *[("decision", lambda f=f: f(cl.Trajectory(V, (V, V), target=V))) for f in compared],
+        *[("target", lambda f=f: f(cl.Trajectory(V, V, target=(V, V)))) for f in compared],
+        *[("targets", lambda f=f: f(cl.Trajectory(V, V, target=M))) for f in compared],
+        *[("label", lambda f=f, k=k: judged(f)(V, labels + k)) for f in compared[-3:] for k in (-1, 6, 99)],
+        ("labels", lambda: objectives.cross_entropy(cl.Trajectory(V, V, target=V[:, 0]))),
+        ("labels", lambda: objectives.cross_entropy(cl.Trajectory(V, V[:, 0], target=labels))),
+        ("cost", lambda: objectives.cost(run)),
+        *[
+            ("peak", lambda p=p: objectives.psnr(p))
+            for p in (0.0, -1, "x", None, True, NAN, math.inf, 1j, torch.ones(2))
+        ],
+        *[("objective", lambda f=f: objectives.judge(f, run)) for f in junk],
+        *[("objective", lambda f=f: objectives.check_objective(f, "tune")) for f in (None, "x", 1, V, dict, lambda: V)],
+    ]
+
+
 def functions() -> dict[str, Callable[[], Function]]:
     """Makers of subjects by name."""
-    return {**proximal_maps()}
+    return {**proximal_maps(), **objective_functions()}
 
 
 def refused() -> dict[str, tuple[str, Callable[[], Any]]]:
     """Calls that must raise an error of ours whose message holds the word, by name."""
-    cases = [*unsound_proximal_arguments()]
+    cases = [*unsound_proximal_arguments(), *unsound_objectives()]
     return {f"{k} {word}": (word, call) for k, (word, call) in enumerate(cases)}
 
 
