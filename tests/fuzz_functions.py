@@ -15,9 +15,10 @@ from convexlearn import objectives, prox, shrinkage, spectral
 
 @dataclass(frozen=True, eq=False)
 class Function(Subject):
-    """A Subject of whose inputs the first `complexes` may be complex."""
+    """A Subject of whose inputs the first `complexes` may be complex, and those at `optional` None."""
 
     complexes: int = 0
+    optional: tuple[int, ...] = ()
 
 
 def maker(call: Any, *inputs: Tensor, **flags: Any) -> Callable[[], Function]:

@@ -14,7 +14,6 @@ from test_hostile_inputs import (  # noqa: F401  (pytest collects them here, for
     test_memory_layout_does_not_matter,
     test_missing_and_superfluous_inputs_are_refused,
     test_scales_give_numbers_or_an_error,
-    test_what_is_no_tensor_is_refused,
     test_wrong_shapes_are_refused,
 )
 
@@ -47,6 +46,15 @@ def test_dtypes(subject):
         elif not subject.plain:
             with pytest.raises(ConvexLearnError, match="complex"):
                 hostile.run(subject, "dtype", given)
+
+
+@pytest.mark.parametrize("junk", [None, "x", object(), [["a"], [1]], {"x": 1}], ids=lambda v: type(v).__name__)
+def test_what_is_no_tensor_is_refused(subject, junk):
+    for k in range(len(subject.inputs)):
+        if junk is None and k in subject.optional:
+            continue
+        with pytest.raises(ConvexLearnError):
+            hostile.run(subject, "no tensor", hostile.replaced(subject.inputs, k, junk))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -54,6 +54,7 @@ affine_maps
 terms
 split_instance
 splitting
+riccati_arguments
 riccati block_tridiagonal newton
 softmax_regression
 chain_kernels

@@ -154,5 +154,5 @@ def test_wrong_arguments_are_refused():
         stacked_mlp(2, 1, 2, hidden=(3, 3), activations=[nn.ReLU])
     with pytest.raises(OptionError, match="stride must be at most length"):
         SlidingBiLSTM(2, length=4, stride=5)
-    with pytest.raises(ShapeError, match=r"x must be \(B, C, T\)"):
+    with pytest.raises(ShapeError, match=r"x must be \(B, 3, T\)"):
         SlidingBiLSTM(2, stack=3)(torch.zeros(2, 5))
