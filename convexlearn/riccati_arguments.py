@@ -82,6 +82,7 @@ def masks_of(observed: Tensor | None, horizon: int, p: int) -> tuple[int, list[A
 def check_psd(name: str, M: Tensor) -> None:
     """DomainError, naming batch element and eigenvalue, unless the symmetric M `(*batch, n, n)` is PSD."""
     M = as_floating(name, M, "matrix")
+    M = M.to(torch.promote_types(M.dtype, torch.float32))
     if M.ndim < 2 or M.shape[-1] != M.shape[-2]:
         raise ShapeError(f"{name} must be square matrices (*batch, n, n), got {tuple(M.shape)}")
     lost = ~torch.isfinite(M.detach()).all(-1).all(-1)

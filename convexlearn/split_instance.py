@@ -172,6 +172,10 @@ def bind_term(term: ProxTerm, values: Mapping[str, Tensor], like: Tensor, progra
         for side, sign in (("lower", -1), ("upper", 1)):
             if isinstance(data[side], list):
                 data[side] = sign * unbounded
+        empty = data["lower"] > data["upper"]  # a box without points: the sample has no decision
+        data["lower"] = torch.where(empty, torch.nan, data["lower"])
+    if isinstance(radius := data.get("radius"), Tensor):
+        data["radius"] = torch.where(radius < 0, torch.nan, radius)
     if program is not None:
         shapes = program.shapes
         data = {n: values[n].reshape((*values[n].shape[:-1], *shapes[n])) for n in program.parameters}

@@ -52,6 +52,7 @@ prox convex_prox
 shrinkage
 affine_maps
 terms
+term_groups
 split_instance
 splitting
 riccati_arguments

@@ -91,6 +91,7 @@ class ADMM(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values and name != "sigma":
             return self.values[name]
         if name in ("step", "relaxation"):

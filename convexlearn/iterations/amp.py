@@ -81,6 +81,7 @@ class AMP(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values:
             return self.values[name]
         if name == "threshold":
