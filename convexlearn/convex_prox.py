@@ -46,7 +46,7 @@ class ConvexProx:
         if bool((t <= 0).any()):
             raise DomainError(f"ConvexProx: t must be positive, got {t.min().item():g}")
         rate = t.reshape(-1, 1) if t.ndim else t
-        curvature = (1 / rate).reshape(-1) if t.numel() > 1 else (1 / rate).reshape(())
+        curvature = (1 / rate).reshape(-1) if t.numel() != 1 else (1 / rate).reshape(())
         (z,) = self._layer(**values, curvature_=curvature, pull_=v / rate)
         return z
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.affine_maps import AffineMap, LinearMap
+from convexlearn.errors import CompileError
 from convexlearn.prox import PROXIMABLE, Proximal
 from convexlearn.terms import Bound, ProxTerm, Quadratic, Weight
 
@@ -274,5 +275,7 @@ def _stack(parts: list[tuple[LinearMap, Tensor]], like: Tensor) -> tuple[LinearM
 def _least_norm(K: Tensor, u: Tensor) -> Tensor:
     """K'(K K')^-1 u."""
     gram = K @ K.mH
-    factor = torch.linalg.cholesky(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(((failed != 0) & torch.isfinite(gram.detach()).all(-1).all(-1)).any()):
+        raise CompileError("the equality constraints depend on each other; leave out some")
     return (torch.cholesky_solve(u.unsqueeze(-1), factor).squeeze(-1).unsqueeze(-2) @ K.conj()).squeeze(-2)

@@ -134,7 +134,8 @@ class Split:
 
     def objective(self, z: Tensor, instance: Instance) -> Tensor:
         """Objective `(B,)` at z `(B, n)`, infinite beyond 1e-6 outside a constraint; a ConvexLayer's terms left out."""
-        return instance.objective(self._point(z, instance))
+        z = self._point(z, instance)
+        return instance.objective(z)
 
     def _point(self, z: Any, instance: Any) -> Tensor:
         """z `(B, n)`, in the dtype of the instance."""
@@ -195,6 +196,9 @@ class Split:
                     f"context '{name}' must be a tensor of shape (B, {', '.join(map(str, shape))}), got {got}"
                 )
             contexts[name] = value
+        sizes = {name: len(value) for name, value in contexts.items()}
+        if len(set(sizes.values())) > 1:
+            raise ShapeError(f"contexts have different batch sizes: {sizes}")
         return contexts
 
 
@@ -363,7 +367,10 @@ def _like(contexts: Mapping[str, Tensor], variables: tuple[Shape, ...]) -> Tenso
     if any(v.is_complex for v in variables):
         dtype = dtype.to_complex()
     elif dtype.is_complex:
-        raise ShapeError("a context is complex, but the problem's variables are real; declare them complex=True")
+        name = next(name for name, value in contexts.items() if value.is_complex())
+        raise ShapeError(
+            f"context '{name}' is complex, but the problem's variables are real; declare them complex=True"
+        )
     return torch.empty(0, dtype=dtype, device=next(iter(contexts.values())).device)
 
 

@@ -66,7 +66,7 @@ def iteration_functions() -> dict[str, Callable[[], Function]]:
     program = ConvexProx(cp.norm(z - t, "inf"), [cp.sum(z) >= 0], [z])
     rough = 1e-5  # between two solves of a joint proximal map
     found = {
-        f"{kind.__name__} {name}": maker(steps(kind(build())), *x)
+        f"{kind.__name__} {name}": maker(steps(kind(build())), *x, lengths=name == "weighted")
         for kind in (cl.ISTA, cl.FISTA, cl.ADMM, cl.PrimalDual)
         for name, build, x in (
             ("lasso", lambda: plain, (X,)),
@@ -75,10 +75,10 @@ def iteration_functions() -> dict[str, Callable[[], Function]]:
         )
     }
     for name in ("box", "ball", "norm1_ball"):
-        found[f"ISTA {name}"] = maker(steps(cl.ISTA(bounded(name))), X, WEIGHT)
+        found[f"ISTA {name}"] = maker(steps(cl.ISTA(bounded(name))), X, WEIGHT, lengths=True)
     return {
         **found,
-        "ISTA joint": maker(steps(cl.ISTA(bounded("joint")), 1), X, WEIGHT, tolerance=rough),
+        "ISTA joint": maker(steps(cl.ISTA(bounded("joint")), 1), X, WEIGHT, tolerance=rough, lengths=True),
         "AMP": maker(steps(cl.AMP(plain)), X),
         "LISTA": maker(steps(cl.ISTA(plain).free("W1", "W2")), X),
         "LISTA coupled": maker(steps(cl.ISTA(plain).free("W1")), X),
@@ -91,7 +91,7 @@ def iteration_functions() -> dict[str, Callable[[], Function]]:
         "Instance.gradient": maker(lambda x: plain.bind(x).gradient(plain.bind(x).zeros()), X),
         "ConvexProx": maker(
             lambda v, t, c: program(v, t[:, None] if isinstance(t, Tensor) else t, centre=c),
-            X, WEIGHT, X.flip(0), tolerance=rough, optional=(1,), leading=True,
+            X, WEIGHT, X.flip(0), tolerance=rough, optional=(1,), leading=True, lengths=True,
         ),
     }  # fmt: skip
 
@@ -132,13 +132,17 @@ def unsound_iterations() -> list[tuple[str, Callable[[], Any]]]:
         *[("state", lambda k=k, v=v: k(plain).step(v, instance)) for k in kinds[:-1] for v in junk],
         *[("x", lambda v=v: plain.bind(v)) for v in (None, "x", 3.0, X[0], X[:, :3], X[None], 1j * X)],
         *[("context", lambda v=v: plain.bind(*v)) for v in ((), (X, X))],
+        *[("rho", lambda v=v: weighted().bind(X, v)) for v in (WEIGHT[:2], WEIGHT[:, None], WEIGHT[0], -WEIGHT)],
         *[("rho", lambda v=v: plain.bind(X, values={"rho": v})) for v in ("x", None, 1j, torch.ones(2), -1.0)],
         *[("values", lambda v=v: plain.bind(X, values=v)) for v in ("x", 3, [1.0])],
         ("rhoo", lambda: plain.bind(X, values={"rhoo": torch.tensor(1.0)})),
-        ("rho", lambda: weighted().bind(X, -WEIGHT)),
         *[("z", lambda z=z: plain.objective(z, instance)) for z in (None, "x", X, X[0], torch.ones(2, 6))],
         *[("instance", lambda v=v: plain.objective(torch.ones(3, 6), v)) for v in junk],
     ]  # fmt: skip
+    twice = cl.split(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - s)), [s[0] + 2 * s[1] == 1, 3 * s[0] + 6 * s[1] == 3]), [x], s
+    )
+    bad += [("equality", lambda k=k: steps(k(twice))(X)) for k in (cl.ISTA, cl.ADMM)]
     return [*bad, *unsound_programs(s, x), *unsound_pursuits()]
 
 

@@ -172,7 +172,7 @@ class ADMM(Iteration):
         return lambda w: solve(drive + 2 * penalty * blocks.adjoint(w - offset))
 
     def _second(self, W2: Any, w: Tensor) -> Tensor:
-        return w @ W2.mT.to(w.dtype) if isinstance(W2, Tensor) else self.apply_matrix(W2, w)
+        return self.apply_matrix(W2, w)
 
     def _shrink(self, instance: Instance, blocks: Blocks, penalty: Tensor, given: Mapping[str, Any]) -> Callable:
         thresholds = instance.thresholds(1 / (2 * penalty))
@@ -245,8 +245,11 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     E = torch.cat([t.map.dense().to(instance.like) for t in equalities], -2) if equalities else None
     if E is not None:  # adding E'E changes nothing where E s + e = 0, and makes the system definite
         system = system + E.mH @ E * system.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(system)
+    bad = ~torch.isfinite(system.detach()).all(-1).all(-1)  # a matrix of NaN harms its own sample alone
+    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    factor, failed = torch.linalg.cholesky_ex(torch.where(bad[..., None, None], identity, system))
     _require_definite(instance, bool((failed != 0).any()))
+    factor = torch.where(bad[..., None, None], torch.nan, factor)
 
     def solve(r: Tensor) -> Tensor:
         return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
@@ -254,7 +257,9 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     if E is None:
         return solve
     lifted = torch.cholesky_solve(E.mH, factor)
-    schur = torch.linalg.cholesky(E @ lifted)
+    schur, failed = torch.linalg.cholesky_ex(E @ lifted)
+    if bool(((failed != 0) & ~bad).any()):
+        raise CompileError(f"ADMM: the equality constraints of {instance.split} depend on each other; leave out some")
 
     def constrained(r: Tensor) -> Tensor:
         s = solve(r)

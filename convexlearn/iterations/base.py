@@ -244,6 +244,13 @@ class Iteration(ABC):
     def stack(self, parts: Any) -> Tensor:
         """z `(B, n)` of variables `(B, *shape)`, the inverse of `unstack`."""
         parts = parts if isinstance(parts, tuple | list) else (parts,)
+        wrong = next((part for part in parts if not isinstance(part, Tensor)), None)
+        if len(parts) != len(self.split.variables) or not all(isinstance(part, Tensor) for part in parts):
+            names = ", ".join(v.name for v in self.split.variables)
+            got = f"{len(parts)} parts" if wrong is None and parts[:1] != (None,) else shown(wrong)
+            raise ShapeError(
+                f"a module in a slot, such as prox or W1, must return one tensor for each of {names}, got {got}"
+            )
         for v, part in zip(self.split.variables, parts):
             if tuple(part.shape[1:]) != v.shape:
                 raise ShapeError(
