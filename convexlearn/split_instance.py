@@ -275,7 +275,16 @@ def _stack(parts: list[tuple[LinearMap, Tensor]], like: Tensor) -> tuple[LinearM
 def _least_norm(K: Tensor, u: Tensor) -> Tensor:
     """K'(K K')^-1 u."""
     gram = K @ K.mH
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(((failed != 0) & torch.isfinite(gram.detach()).all(-1).all(-1)).any()):
-        raise CompileError("the equality constraints depend on each other; leave out some")
+    factor = independent_factor(gram)
     return (torch.cholesky_solve(u.unsqueeze(-1), factor).squeeze(-1).unsqueeze(-2) @ K.conj()).squeeze(-2)
+
+
+def independent_factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a Gram matrix `(..., k, k)` of constraints; CompileError where they are dependent."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots, sizes = (M.detach().diagonal(dim1=-2, dim2=-1).real for M in (factor, gram))
+    rounding = 100 * torch.finfo(sizes.dtype).eps
+    dependent = (failed != 0) | (pivots.square() <= rounding * sizes).any(-1)
+    if bool((dependent & torch.isfinite(gram.detach()).all(-1).all(-1)).any()):
+        raise CompileError("the equality constraints of the problem depend on each other; leave out some")
+    return factor

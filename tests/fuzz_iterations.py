@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cvxpy as cp
+import numpy as np
 import torch
 from fuzz_functions import Function, maker
 from fuzz_subjects import H, lasso, normal
@@ -139,9 +140,8 @@ def unsound_iterations() -> list[tuple[str, Callable[[], Any]]]:
         *[("z", lambda z=z: plain.objective(z, instance)) for z in (None, "x", X, X[0], torch.ones(2, 6))],
         *[("instance", lambda v=v: plain.objective(torch.ones(3, 6), v)) for v in junk],
     ]  # fmt: skip
-    twice = cl.split(
-        cp.Problem(cp.Minimize(cp.sum_squares(x - s)), [s[0] + 2 * s[1] == 1, 3 * s[0] + 6 * s[1] == 3]), [x], s
-    )
+    E = np.array([[1.0, 2.0, 0.0, 0.0], [3.0, 6.0, 0.0, 0.0]])
+    twice = cl.split(cp.Problem(cp.Minimize(cp.sum_squares(x - s)), [E @ s == np.array([1.0, 3.0])]), [x], s)
     bad += [("equality", lambda k=k: steps(k(twice))(X)) for k in (cl.ISTA, cl.ADMM)]
     return [*bad, *unsound_programs(s, x), *unsound_pursuits()]
 

@@ -11,7 +11,7 @@ from convexlearn.errors import CompileError, OptionError
 from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.iterations.circulant import gram_spectra
-from convexlearn.split_instance import BoundTerm, Instance
+from convexlearn.split_instance import BoundTerm, Instance, independent_factor
 
 GOLDEN = (1 + math.sqrt(5)) / 2
 
@@ -257,9 +257,7 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     if E is None:
         return solve
     lifted = torch.cholesky_solve(E.mH, factor)
-    schur, failed = torch.linalg.cholesky_ex(E @ lifted)
-    if bool(((failed != 0) & ~bad).any()):
-        raise CompileError(f"ADMM: the equality constraints of {instance.split} depend on each other; leave out some")
+    schur = independent_factor(E @ lifted)
 
     def constrained(r: Tensor) -> Tensor:
         s = solve(r)
