@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
+from cvxpy.constraints.constraint import Constraint
 from torch import Tensor
 
 from convexlearn.checks import shown
@@ -63,7 +64,7 @@ def _check_problem(objective: Any, constraints: Any, variables: Any) -> None:
     if objective is not None and not (isinstance(objective, cp.Expression) and objective.is_convex()):
         raise OptionError(f"ConvexProx: objective must be a convex cvxpy.Expression or None, got {shown(objective)}")
     for name, items, kind in (
-        ("constraints", constraints, cp.constraints.constraint.Constraint),
+        ("constraints", constraints, Constraint),
         ("variables", variables, cp.Variable),
     ):
         if not isinstance(items, list | tuple) or not all(isinstance(item, kind) for item in items):

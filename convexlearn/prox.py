@@ -59,7 +59,7 @@ def checked(
                 t = as_weight(name, t, v, _group_shape(v, t, data.get("axis", 1)))
             return prox(v, t, **data)
 
-        call.read = read  # pyright: ignore[reportFunctionMemberAccess]
+        call.read = read  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
@@ -275,7 +275,8 @@ class Proximal:
 
     def evaluate(self, v: Tensor, weight: Tensor, data: Mapping[str, Any]) -> Tensor:
         """Weighted value `(B,)` at v `(B, ...)`; an indicator is 0 or infinite."""
-        v = self.prox.read(v) if hasattr(self.prox, "read") else v
+        read = getattr(self.prox, "read", None)
+        v = v if read is None else read(v)
         if v.ndim == 0:
             raise ShapeError(f"{self.text}: v must have shape (B, ...), got a number")
         if self.value is None:

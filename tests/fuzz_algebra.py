@@ -37,8 +37,8 @@ def minimum(z: Tensor, x: Tensor) -> Tensor:
 
 def algebra_functions() -> dict[str, Callable[[], Function]]:
     """riccati.py, newton.py, block_tridiagonal.py, chain.py."""
-    lead: dict[str, Any] = {"leading": True}
-    chain: dict[str, Any] = {"leading": True, "lengths": True, "tolerance": 1e-6}
+    lead: dict[str, Any] = {"leading": True, "batches": True}
+    chain: dict[str, Any] = {"leading": True, "batches": True, "lengths": True, "tolerance": 1e-6}
     return {
         "filter_covariance": maker(riccati.filter_covariance, A, C, Q, R, **lead),
         "filter_gain": maker(riccati.filter_gain, A, C, Q, R, **lead),

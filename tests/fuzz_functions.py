@@ -15,10 +15,14 @@ from convexlearn import objectives, prox, shrinkage, spectral
 
 @dataclass(frozen=True, eq=False)
 class Function(Subject):
-    """A Subject of whose inputs the first `complexes` may be complex, and those at `optional` None."""
+    """A Subject of whose inputs the first `complexes` may be complex, and those at `optional` None.
+
+    batches: any number of leading dimensions is a batch.
+    """
 
     complexes: int = 0
     optional: tuple[int, ...] = ()
+    batches: bool = False
 
 
 def maker(call: Any, *inputs: Tensor, **flags: Any) -> Callable[[], Function]:
@@ -50,8 +54,8 @@ def proximal_maps() -> dict[str, Callable[[], Function]]:
         f"value of {kind}": maker(*value_of(kind), complexes=kind not in REAL, **ENTRIES) for kind in prox.PROXIMABLE
     }
     return {
-        "soft_threshold": maker(prox.soft_threshold, V, POSITIVE, **free),
-        "hard_threshold": maker(prox.hard_threshold, V, POSITIVE, **free),
+        "soft_threshold": maker(prox.soft_threshold, V, POSITIVE, batches=True, **free),
+        "hard_threshold": maker(prox.hard_threshold, V, POSITIVE, batches=True, **free),
         "block_threshold": maker(prox.block_threshold, V, POSITIVE, **free),
         "singular_value_threshold": maker(prox.singular_value_threshold, M, T3, **free),
         "huber_prox": maker(lambda v, t, m: prox.huber_prox(v, t, M=m), V, POSITIVE, POSITIVE + 1, **ENTRIES),
@@ -70,8 +74,8 @@ def proximal_maps() -> dict[str, Callable[[], Function]]:
         "relative_singular_value_threshold": maker(shrinkage.relative_singular_value_threshold, M, T3 / 4, **free),
         "relative_soft_threshold": maker(shrinkage.relative_soft_threshold, V, POSITIVE / 4, **free),
         "relative_power_threshold": maker(shrinkage.relative_power_threshold, V, POSITIVE / 4, **free),
-        "shrink_singular_values": maker(spectral.shrink_singular_values, M, POSITIVE[:, 0], **free),
-        "positive_part": maker(spectral.positive_part, Q, leading=True, complexes=True),
+        "shrink_singular_values": maker(spectral.shrink_singular_values, M, POSITIVE[:, 0], batches=True, **free),
+        "positive_part": maker(spectral.positive_part, Q, batches=True, leading=True, complexes=True),
         **per_axis,
         **values,
     }
@@ -118,8 +122,8 @@ def rows(s: Any) -> int:
 def objective_functions() -> dict[str, Callable[[], Function]]:
     """objectives.py."""
     kinds = ("squared_error", "mean_squared_error", "known_squared_error", "absolute_error", "psnr")
-    targets, labels = normal(3, 6, seed=5), torch.tensor([1, 1, 1])
-    series, sequence = normal(3, 4, 2, seed=6), torch.tensor([[1, 0, 1, 1]] * 3)
+    targets, labels = normal(3, 6, seed=5), torch.ones(6, dtype=torch.int64)
+    series, sequence = normal(3, 4, 2, seed=6), torch.tensor([[1, 0, 1, 1]] * 6)
     found = {}
     for kind in kinds:
         objective = objectives.psnr(2.0) if kind == "psnr" else getattr(objectives, kind)

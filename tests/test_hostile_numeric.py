@@ -48,6 +48,17 @@ def test_dtypes(subject):
                 hostile.run(subject, "dtype", given)
 
 
+def test_leading_dimensions_are_a_batch(subject):
+    """As the flattened batch; where there is one batch dimension only, expanded inputs carry gradients."""
+    twice = tuple(torch.stack([x, x.flip(0)]) for x in subject.inputs)
+    flat = tuple(x.flatten(0, 1).requires_grad_() for x in twice)
+    expected = hostile.run(subject, "leading", flat)
+    hostile.backward(expected)
+    if subject.batches:
+        found = hostile.run(subject, "leading", twice)
+        hostile.assert_same(tuple(out.flatten(0, 1) for out in found), expected, subject.tolerance)
+
+
 @pytest.mark.parametrize("junk", [None, "x", object(), [["a"], [1]], {"x": 1}], ids=lambda v: type(v).__name__)
 def test_what_is_no_tensor_is_refused(subject, junk):
     for k in range(len(subject.inputs)):
