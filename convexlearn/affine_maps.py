@@ -145,7 +145,10 @@ class LinearMap:
             if min(csr.shape) > 2:
                 largest = sp.linalg.svds(csr, k=1, return_singular_vectors=False, v0=np.ones(min(csr.shape)))
                 return torch.tensor(largest[0] ** 2, dtype=torch.float64)
-        return torch.linalg.matrix_norm(self.dense(), 2).square()
+        matrix = self.dense()
+        bad = ~torch.isfinite(matrix.detach()).all(-1).all(-1)  # one such matrix would stop the whole batch
+        norm = torch.linalg.matrix_norm(torch.where(bad[..., None, None], 0.0, matrix), 2)
+        return torch.where(bad, torch.nan, norm).square()
 
 
 def _row_products(csr: sp.csr_array) -> Tensor | None:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convexlearn.errors import DomainError
+from convexlearn.errors import DomainError, ShapeError
+from convexlearn.inputs import as_floating
 
 
 class Factor(NamedTuple):
@@ -17,6 +18,7 @@ class Factor(NamedTuple):
 
 def factorize(diagonal: Tensor, below: Tensor) -> Factor:
     """Factor of H with blocks H_tt = diagonal `(B, T, n, n)` and H_{t+1,t} = below `(B, T - 1, n, n)`."""
+    diagonal, below = _read(diagonal, below)
     pivots, factor, under = diagonal.unbind(1), [], []
     for t, pivot in enumerate(pivots):
         if t:
@@ -43,10 +45,28 @@ def solve(diagonal: Tensor, below: Tensor, right: Tensor, factor: Factor | None 
     >>> solve(2 * one, -one[:, :1], torch.ones(1, 2, 1)).flatten().round(decimals=5)
     tensor([1., 1.])
     """
+    diagonal, below = _read(diagonal, below)
+    right = as_floating("right", right, "block tridiagonal system:").to(diagonal.dtype)
+    if right.ndim != 3 or right.shape[1:] != diagonal.shape[1:3] or len(diagonal) not in (1, len(right)):
+        B, T, n, _ = diagonal.shape
+        raise ShapeError(f"block tridiagonal system: right must have shape ({B}, {T}, {n}), got {tuple(right.shape)}")
     if factor is None:
         with torch.no_grad():
             factor = factorize(diagonal.detach(), below.detach())
     return _Solve.apply(diagonal, below, right, factor)  # pyright: ignore[reportReturnType]
+
+
+def _read(diagonal: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks that fit each other, in one dtype."""
+    diagonal, below = (as_floating(k, v, "blocks") for k, v in (("diagonal", diagonal), ("below", below)))
+    dtype = torch.promote_types(diagonal.dtype, below.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if diagonal.ndim != 4 or diagonal.shape[2] != diagonal.shape[3] or 0 in diagonal.shape[1:]:
+        raise ShapeError(f"blocks 'diagonal' must have shape (B, T, n, n), got {tuple(diagonal.shape)}")
+    B, T, n, _ = diagonal.shape
+    if tuple(below.shape) != (B, T - 1, n, n):
+        raise ShapeError(f"blocks 'below' must have shape {(B, T - 1, n, n)}, got {tuple(below.shape)}")
+    return diagonal.to(dtype), below.to(dtype)
 
 
 class _Solve(torch.autograd.Function):

@@ -97,6 +97,8 @@ class _Chain(NamedTuple):
     def of(cls, factors: ChainFactors | Tensor, initial: Tensor | None, semiring: str) -> "_Chain":
         if semiring not in SEMIRINGS:
             raise OptionError(f"semiring '{semiring}': {suggest(semiring, SEMIRINGS)}")
+        if isinstance(factors, tuple) and len(factors) != 2:
+            raise ShapeError(f"factors must be ChainFactors(pairwise, unary) or a tensor, got {len(factors)} parts")
         pairwise, unary = factors if isinstance(factors, tuple) else (factors, None)
         pairwise = _potentials("pairwise", pairwise)
         unary = None if unary is None else _potentials("unary", unary)

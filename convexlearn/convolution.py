@@ -7,7 +7,9 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-from convexlearn.errors import OptionError, ShapeError, suggest
+from convexlearn.checks import SIZES, checked, count, number, require_that, word
+from convexlearn.errors import DomainError, OptionError, ShapeError
+from convexlearn.prox_arguments import as_signal
 
 BOUNDARIES = ("zero", "circular")
 
@@ -32,12 +34,14 @@ class Convolution(nn.Module):
              [2., 4.]]])
     """
 
+    @checked(upsample=count(), boundary=word(BOUNDARIES))
     def __init__(
         self, kernel: Tensor, *, upsample: int = 1, boundary: str = "zero", image: tuple[int, int] | None = None
     ) -> None:
         super().__init__()
-        if boundary not in BOUNDARIES:
-            raise OptionError(f"Convolution: boundary='{boundary}'; {suggest(boundary, BOUNDARIES)}")
+        kernel = as_signal("Convolution: kernel", kernel)
+        if image is not None and (not SIZES.fits(image) or len(image) != 2):
+            raise OptionError(f"Convolution: image must be (h, w), got {image!r}")
         if kernel.ndim != 2 or min(kernel.shape) < upsample:
             raise ShapeError(
                 f"Convolution takes a kernel (k, l) with k, l >= upsample = {upsample}, got shape {tuple(kernel.shape)}"
@@ -59,6 +63,8 @@ class Convolution(nn.Module):
         >>> Convolution.delta(3, 2.0)(torch.ones(1, 1, 2)).detach()
         tensor([[[2., 2.]]])
         """
+        require_that("Convolution.delta", "size", count(), size)
+        require_that("Convolution.delta", "scale", number(), abs(scale) if isinstance(scale, complex) else scale)
         real = torch.get_default_dtype() if dtype is None else dtype
         kernel = torch.zeros(size, size, dtype=real.to_complex() if is_complex else real)
         kernel[size // 2, size // 2] = torch.as_tensor(scale)
@@ -81,6 +87,14 @@ class Convolution(nn.Module):
         small as holds the response. OptionError where W is no convolution, or where it needs a larger
         kernel, unless exact=False: then the kernel stands for its action at the middle of the image.
         """
+        W = as_signal("Convolution.from_matrix: W", W, (2,))
+        for name, sides in {"inputs": inputs, "outputs": outputs}.items():
+            if not SIZES.fits(sides) or len(sides) != 2:
+                raise ShapeError(f"Convolution.from_matrix: {name} must be the size of an image (h, w), got {sides!r}")
+        if not bool(torch.isfinite(W).all()):
+            raise DomainError("Convolution.from_matrix: W has NaN or infinite entries")
+        if size is not None:
+            require_that("Convolution.from_matrix", "size", count(), size)
         factor = _factor(W, inputs, outputs)
         middle = (inputs[0] // 2, inputs[1] // 2)
         column = W.reshape(*outputs, *inputs)[:, :, middle[0], middle[1]]
@@ -107,12 +121,13 @@ class Convolution(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Images `(B, r h, r w)`, or with `image` pixels `(B, r h r w)` or `(B, r h r w, q)`."""
+        v = as_signal("Convolution", v)
         if self.image is None:
             if v.ndim != 3:
                 raise ShapeError(f"Convolution takes images (B, h, w), got shape {tuple(v.shape)}; see image=(h, w)")
             return self._convolve(v.unsqueeze(-1)).squeeze(-1)
         frames = self.frames(v)
-        return self._convolve(frames).reshape(len(v), frames[0, ..., 0].numel() * self.upsample**2, *v.shape[2:])
+        return self._convolve(frames).reshape(len(v), v.shape[1] * self.upsample**2, *v.shape[2:])
 
     def frames(self, v: Tensor) -> Tensor:
         """Pixels `(B, h w)` or `(B, h w, q)` as images `(B, h, w, q)`."""
@@ -130,7 +145,12 @@ class Convolution(nn.Module):
 
     def _convolve(self, v: Tensor) -> Tensor:
         """Images `(B, h, w, q)`, all with the same kernel, by the fast Fourier transform."""
+        if v.dtype in (torch.float16, torch.bfloat16):  # which have no transform
+            found = self._convolve(v.float())
+            return found if found.is_complex() else found.to(v.dtype)
         r, sides = self.upsample, (self.upsample * v.shape[1], self.upsample * v.shape[2])
+        if 0 in sides:
+            raise ShapeError(f"Convolution: images must have pixels, got {sides[0]} x {sides[1]}")
         if r > 1:
             spread = v.new_zeros(len(v), v.shape[1], r, v.shape[2], r, v.shape[3])
             spread[:, :, 0, :, 0] = v
@@ -181,7 +201,13 @@ class JointConvolution:
 
     def __call__(self, movies: Sequence[Tensor]) -> list[Tensor]:
         """The sums, each as large as a movie `(B, h w)` or `(B, h w, q)`."""
-        first = self.table[0][0]
+        first, movies = self.table[0][0], [as_signal("JointConvolution: movie", v) for v in movies]
+        shapes = [tuple(v.shape) for v in movies]
+        if len(set(shapes)) > 1 or len(movies) != len(self.table[0]):
+            raise ShapeError(f"JointConvolution takes {len(self.table[0])} movies of one shape, got {shapes}")
+        if not movies[0].numel() or any(v.dtype in (torch.float16, torch.bfloat16) for v in movies):  # no transform
+            rows = (sum(m(v) for m, v in zip(row, movies)) for row in self.table)
+            return [found for found in rows if isinstance(found, Tensor)]
         frames = [first.frames(v) for v in movies]
         sides = (frames[0].shape[1], frames[0].shape[2])
         size = first.grid(sides)
@@ -197,13 +223,11 @@ class JointConvolution:
 
 def _factor(W: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     """How much larger the output images are."""
-    if len(inputs) != 2 or len(outputs) != 2:
-        raise ShapeError(f"a convolution maps images to images, but here shape {inputs} is mapped to {outputs}")
-    factor = outputs[0] // max(inputs[0], 1)
+    factor = outputs[0] // inputs[0]
     if factor < 1 or outputs != (factor * inputs[0], factor * inputs[1]):
-        raise ShapeError(f"images {outputs} are no whole multiple of images {inputs}; use free() for a full matrix")
+        raise ShapeError(f"outputs {outputs} are no whole multiple of inputs {inputs}; use free() for a full matrix")
     if tuple(W.shape) != (outputs[0] * outputs[1], inputs[0] * inputs[1]):
-        raise ShapeError(f"a matrix from images {inputs} to {outputs} has not the shape {tuple(W.shape)}")
+        raise ShapeError(f"the matrix W from images {inputs} to {outputs} has not the shape {tuple(W.shape)}")
     return factor
 
 
@@ -238,7 +262,7 @@ def _require_equal(found: Convolution, W: Tensor, inputs: tuple[int, ...]) -> No
     expected = probes.flatten(1) @ W.mT
     with torch.no_grad():
         away = (found(probes).flatten(1) - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
-    if away > EXACT:
+    if not away <= EXACT:
         raise OptionError(
             f"the matrix is no convolution with a kernel {tuple(found.kernel.shape)} and boundary='{found.boundary}': "
             f"it differs by {away.item():.1e} relative. Take the boundary that the problem declares; near a rim "

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import SIZES, checked, count
 from convexlearn.errors import OptionError, ShapeError
 from convexlearn.networks import initialise
+from convexlearn.prox_arguments import as_signal, as_weight
+from convexlearn.randomness import as_generator
 
 
 class Denoiser(nn.Module):
@@ -33,23 +36,25 @@ class Denoiser(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise OptionError(f"Denoiser wraps an nn.Module that is called as network(x, sigma), got {network!r}")
-        if image is not None and len(image) not in (2, 3):
-            raise OptionError(f"Denoiser: image must be (h, w) or (C, h, w), got {image}")
+        if image is not None and (not SIZES.fits(image) or len(image) not in (2, 3)):
+            raise OptionError(f"Denoiser: image must be (h, w) or (C, h, w), got {image!r}")
         self.network, self.image = network, image
 
     def forward(self, v: Tensor, sigma: Any) -> Tensor:
         """The denoised variable, in the shape of v."""
         images = as_images(v, self.image)
         weight = next(self.network.parameters(), images)
-        level = torch.as_tensor(sigma, dtype=weight.dtype, device=v.device)
-        s = self.network(images.to(weight.dtype), level).to(v.dtype)
+        level = _level(sigma, images).to(weight.dtype)
+        s = self.network(images.to(weight.dtype), level)
+        if not isinstance(s, Tensor):
+            raise ShapeError(f"the denoiser {type(self.network).__name__} must return images, got {type(s).__name__}")
         if s.shape != images.shape:
             raise ShapeError(
                 f"the denoiser {type(self.network).__name__} must return images {tuple(images.shape)} as it was given, "
                 f"got {tuple(s.shape)}; padding keeps the size of an image, and some networks need sides that "
                 "are multiples of a power of two"
             )
-        return s.reshape(v.shape)
+        return s.to(images.dtype).reshape(images.shape[:1] + torch.as_tensor(v).shape[1:])
 
 
 class DnCNN(nn.Module):
@@ -64,35 +69,42 @@ class DnCNN(nn.Module):
     torch.Size([2, 4, 5])
     """
 
+    @checked(channels=count(), width=count(), depth=count(2))
     def __init__(self, *, channels: int = 1, width: int = 32, depth: int = 6, seed: int | torch.Generator = 0) -> None:
         super().__init__()
-        if depth < 2 or min(width, channels) < 1:
-            raise OptionError(f"DnCNN needs depth >= 2, width and channels >= 1, got {depth}, {width}, {channels}")
         layers: list[nn.Module] = []
         for before, after in pairwise([channels + 1, *[width] * (depth - 1), channels]):
             layers += [nn.utils.skip_init(nn.Conv2d, before, after, 3, padding=1), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
-        initialise(self.layers, seed)
+        self.channels = channels
+        initialise(self.layers, as_generator("DnCNN", seed))
         nn.init.zeros_(self.layers[-1].weight)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor, sigma: Any) -> Tensor:
         """Images of the shape of x."""
-        images = as_images(x).to(next(self.parameters()).dtype)
-        level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
-        if level.ndim and level.shape != (len(images),):
-            raise ShapeError(f"sigma must be a number or have shape ({len(images)},), got {tuple(level.shape)}")
-        level = level.reshape(-1, 1, 1, 1)
+        given = as_images(x)
+        if given.shape[1] != self.channels:
+            raise ShapeError(f"DnCNN: x must have {self.channels} channels, got images {tuple(given.shape)}")
+        images = given.to(next(self.parameters()).dtype)
+        level = _level(sigma, images).reshape(-1, 1, 1, 1)
         noise = self.layers(torch.cat([images, level.expand(len(images), 1, *images.shape[2:])], 1))
-        return (images - level * noise).to(x.dtype).reshape(x.shape)
+        return (images - level * noise).to(given.dtype).reshape(torch.as_tensor(x).shape)
+
+
+def _level(sigma: Any, images: Tensor) -> Tensor:
+    """The noise level `()` or `(B,)`, at least zero, in the dtype of the images."""
+    level = as_weight("denoiser", sigma, images, (len(images),), "sigma")
+    return torch.as_tensor(level, dtype=images.dtype, device=images.device)
 
 
 def as_images(v: Tensor, image: tuple[int, ...] | None = None) -> Tensor:
     """v `(B, h, w)`, `(B, C, h, w)`, or with `image` pixels `(B, n)`, as images `(B, C, h, w)`."""
+    v = as_signal("denoiser", v, real=True)
     if image is not None:
         if v.ndim != 2 or v.shape[1] != math.prod(image):
             raise ShapeError(f"a denoiser of images {image} takes pixels (B, {math.prod(image)}), got {tuple(v.shape)}")
         return v.reshape(len(v), *([1] if len(image) == 2 else []), *image)
-    if v.ndim not in (3, 4):
+    if v.ndim not in (3, 4) or 0 in v.shape[1:]:
         raise ShapeError(
             f"a denoiser takes images (B, h, w) or (B, C, h, w), got {tuple(v.shape)}; for a variable that is a vector "
             "of pixels row by row wrap it in Denoiser(network, image=(h, w))"

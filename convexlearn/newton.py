@@ -1,10 +1,14 @@
 """Newton's method for smooth functions of few variables, one for each sample, and the gradient of its minimum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from convexlearn.checks import FUNCTION, count, number, require_that
+from convexlearn.errors import DomainError, ShapeError
+from convexlearn.inputs import as_floating
 
 Function = Callable[..., Tensor]
 """f(z, *data): points z `(N, k)` and data `(N, ...)` to values `(N,)`, the samples independent of each other."""
@@ -51,6 +55,8 @@ def minimize(
     >>> minimize(lambda z: (z**4 / 4 - z).sum(1), torch.tensor([[3.0]], dtype=torch.float64)).point
     tensor([[1.]], dtype=torch.float64)
     """
+    _check_options(tol, max_iterations)
+    start, data = _read("minimize", function, "start", start, data)
     z, tol = start, max(tol, 100 * torch.finfo(start.dtype).eps)
     damping, residual = z.new_zeros(len(z)), z.new_full((len(z),), torch.inf)
     count = torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -78,6 +84,7 @@ def minimize(
 
 def derivatives(function: Function, z: Tensor, data: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
     """Gradients `(N, k)` and Hessians `(N, k, k)`, differentiable themselves."""
+    z, data = _read("derivatives", function, "z", z, data)
     size = max(1, BLOCK // max(1, z.shape[1]))
     blocks = [_derivatives(function, *parts) for parts in zip(*(part.split(size) for part in (z, *data)))]
     gradients, hessians = zip(*blocks)
@@ -89,6 +96,7 @@ def attach_implicit_gradient(function: Function, point: Tensor, data: tuple[Tens
 
     By the implicit function theorem, for first derivatives. Where the Hessian is singular the gradient is zero.
     """
+    point, data = _read("attach_implicit_gradient", function, "point", point, data)
     at, size = point.detach(), max(1, BLOCK // max(1, point.shape[1]))
     with torch.no_grad():
         hessian = derivatives(function, at, data)[1]
@@ -100,8 +108,41 @@ def attach_implicit_gradient(function: Function, point: Tensor, data: tuple[Tens
     return at - (step - step.detach())
 
 
+def _check_options(tol: float, max_iterations: int) -> None:
+    require_that("minimize", "tol", number(above=0), tol)
+    require_that("minimize", "max_iterations", count(), max_iterations)
+
+
+def _read(
+    where: str, function: Function, name: str, z: Tensor, data: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Points `(N, k)` and data `(N, ...)` that fit each other."""
+    require_that(where, "function", FUNCTION, function)
+    z = as_floating(name, z, f"{where}: argument")
+    if z.ndim != 2 or z.shape[1] == 0:
+        raise ShapeError(f"{where}: {name} must have shape (N, k) with k > 0, got {tuple(z.shape)}")
+    if z.dtype in (torch.float16, torch.bfloat16):
+        raise DomainError(f"{where}: {name} is {z.dtype}, too coarse for second derivatives; pass float32 or float64")
+    if not isinstance(data, tuple | list):
+        raise ShapeError(f"{where}: data must be a tuple of tensors (N, ...), got {type(data).__name__}")
+    for k, part in enumerate(data):
+        if not isinstance(part, Tensor) or part.ndim == 0 or len(part) != len(z):
+            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ShapeError(f"{where}: data[{k}] must be a tensor ({len(z)}, ...), got {got}")
+    return z, tuple(data)
+
+
+def _values(function: Function, z: Tensor, data: Sequence[Tensor]) -> Tensor:
+    """function(z, *data), one number per point."""
+    found = function(z, *data)
+    if not isinstance(found, Tensor) or found.shape != z.shape[:1]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ShapeError(f"function must return one number per point, shape ({len(z)},), got {got}")
+    return found
+
+
 def _gradient(function: Function, data: list[Tensor] | tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
-    return torch.func.grad(lambda z: function(z, *data).sum())
+    return torch.func.grad(lambda z: _values(function, z, data).sum())
 
 
 def _derivatives(function: Function, z: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexlearn.errors import MissingParameterError, OptionError, ShapeError, listed
+from convexlearn.errors import DomainError, MissingParameterError, OptionError, ShapeError, listed
+from convexlearn.inputs import as_floating
 from convexlearn.simulate.base import Trajectory, not_finite
 
 Objective = Callable[[Trajectory], Tensor]
@@ -42,7 +44,7 @@ def known_squared_error(trajectory: Trajectory) -> Tensor:
     tensor([16.])
     """
     difference = _difference(trajectory, "known_squared_error")
-    known = ~torch.isnan(difference.detach())
+    known = ~torch.isnan(_flat(_target(trajectory, "known_squared_error").detach()))
     return torch.where(known, difference, 0.0).square().sum(-1) / known.sum(-1).clamp(min=1)
 
 
@@ -65,7 +67,7 @@ class psnr:
     __name__ = "psnr"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.peak, int | float) or self.peak <= 0:
+        if not isinstance(self.peak, int | float) or isinstance(self.peak, bool) or not 0 < self.peak < math.inf:
             raise OptionError(f"psnr takes the positive peak value of the signal, as in psnr(1.0); got {self.peak!r}")
 
     def __call__(self, trajectory: Trajectory) -> Tensor:
@@ -81,20 +83,21 @@ def cross_entropy(trajectory: Trajectory) -> Tensor:
     """
     scores, labels = _labelled(trajectory, "cross_entropy")
     chosen = torch.log_softmax(scores, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return -chosen.reshape(len(scores), -1).mean(-1)
+    return -_flat(chosen).mean(-1)
 
 
 def error_rate(trajectory: Trajectory) -> Tensor:
     """Share of wrong decisions `(B,)`: the zero-one loss of the paper, for scores or for labels.
 
-    Not differentiable: for evaluation; tune on `cross_entropy`.
+    Not differentiable: for evaluation; tune on `cross_entropy`. NaN where a score is NaN.
     """
-    decision, target = trajectory.decision, _target(trajectory, "error_rate")
+    target, decision = _target(trajectory, "error_rate"), _decision(trajectory, "error_rate")
+    lost = torch.isnan(decision)
     if decision.shape != target.shape:
         scores, target = _labelled(trajectory, "error_rate")
-        decision = scores.argmax(-1)
+        decision, lost = scores.argmax(-1), lost.any(-1)
     wrong = (decision != target).to(torch.get_default_dtype())
-    return wrong.reshape(len(wrong), -1).mean(-1)
+    return _flat(torch.where(lost, torch.nan, wrong)).mean(-1)
 
 
 def accuracy(trajectory: Trajectory) -> Tensor:
@@ -107,12 +110,12 @@ accuracy.maximize = True  # type: ignore[attr-defined]
 
 def cost(trajectory: Trajectory) -> Tensor:
     """Mean of the recorded cost over time `(B,)`, for closed loops."""
-    if trajectory.cost is None:
+    if _checked(trajectory, "cost").cost is None:
         raise MissingParameterError(
             "objective 'cost' needs trajectory.cost, but this simulator records none; use a simulator with "
             "a stage cost, or an objective that compares decisions with targets"
         )
-    return trajectory.cost.flatten(1).mean(-1) if trajectory.cost.ndim > 1 else trajectory.cost
+    return _flat(as_floating("cost", trajectory.cost, "trajectory:")).mean(-1)
 
 
 def maximizes(objective: Any) -> bool:
@@ -150,7 +153,28 @@ def judge(objective: Objective, trajectory: Trajectory) -> Tensor:
             f"objective '{objective_name(objective)}' must return one number per sample, "
             f"shape ({len(trajectory)},), got {got}; sum or average over the other axes"
         )
-    return values
+    return as_floating(objective_name(objective), values, "the values of objective")
+
+
+def _checked(trajectory: Trajectory, name: str) -> Trajectory:
+    if not isinstance(trajectory, Trajectory):
+        raise MissingParameterError(f"objective '{name}' takes a trajectory, got {type(trajectory).__name__}")
+    return trajectory
+
+
+def _decision(trajectory: Trajectory, name: str) -> Tensor:
+    s = _checked(trajectory, name).decision
+    return _batched(s, "decision", name)
+
+
+def _batched(value: Any, kind: str, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        got = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ShapeError(
+            f"objective '{name}' takes a {kind} that is a tensor (B, ...), got {got}; judge one part of a tuple, as in "
+            "lambda run: (run.decision[0] - run.target[0]).square().mean(1)"
+        )
+    return value
 
 
 def blame(objective: Objective, trajectory: Trajectory, values: Tensor, labels: Sequence[int]) -> str:
@@ -184,29 +208,47 @@ def blame(objective: Objective, trajectory: Trajectory, values: Tensor, labels: 
 
 
 def _target(trajectory: Trajectory, name: str) -> Tensor:
-    if trajectory.target is None:
+    if _checked(trajectory, name).target is None:
         raise MissingParameterError(
             f"objective '{name}' compares decisions with targets, but this simulator has none; "
             "give targets, as in Pairs(x, s), or use an objective of context and decision alone"
         )
-    return trajectory.target
+    return _batched(trajectory.target, "target", name)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """All entries of a sample in a row, `(B, n)`; also for B = 0."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def _difference(trajectory: Trajectory, name: str) -> Tensor:
-    """Decision minus target, flattened to `(B, n)`."""
-    s, target = trajectory.decision, _target(trajectory, name)
+    """Decision minus target, flattened to `(B, n)`; its magnitude where one is complex, integers as numbers."""
+    target, s = _target(trajectory, name), _decision(trajectory, name)
     if s.shape != target.shape:
         raise ShapeError(
             f"objective '{name}': decisions have shape {tuple(s.shape)}, targets {tuple(target.shape)}; they must agree"
         )
-    return (s - target).reshape(len(s), target[:1].numel() if len(s) else 1)
+    numbers = torch.promote_types(s.dtype, target.dtype)
+    if not (numbers.is_floating_point or numbers.is_complex):
+        numbers = torch.get_default_dtype()
+    s, target = s.to(numbers), target.to(numbers)
+    difference = _flat(s - target)
+    return difference.abs() if difference.is_complex() else difference
 
 
 def _labelled(trajectory: Trajectory, name: str) -> tuple[Tensor, Tensor]:
-    scores, labels = trajectory.decision, _target(trajectory, name)
-    if labels.is_floating_point() or scores.shape[:-1] != labels.shape:
+    """Scores `(B, ..., K)` and labels `(B, ...)`, int64."""
+    labels, scores = _target(trajectory, name), _decision(trajectory, name)
+    if labels.is_floating_point() or labels.is_complex() or scores.ndim < 2 or scores.shape[:-1] != labels.shape:
         raise ShapeError(
             f"objective '{name}' takes scores (B, ..., K) and integer labels (B, ...), got decisions "
             f"{tuple(scores.shape)} and targets {tuple(labels.shape)} of {labels.dtype}"
         )
-    return scores, labels
+    outside = (labels < 0) | (labels >= scores.shape[-1])
+    if not torch.compiler.is_compiling() and bool(outside.any()):
+        place = tuple(torch.nonzero(outside)[0].tolist())
+        raise DomainError(
+            f"objective '{name}': the target of batch element {place[0]} is the label {labels[place].item()}, but "
+            f"{scores.shape[-1]} scores stand for the labels 0 to {scores.shape[-1] - 1}"
+        )
+    return as_floating("decision", scores, f"objective '{name}':"), labels.long()

@@ -5,15 +5,19 @@ of the term, which broadcasts against v (indicators ignore it), and data what el
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convexlearn.spectral import positive_part, shrink_singular_values
+from convexlearn.errors import OptionError, ShapeError
+from convexlearn.prox_arguments import as_number, as_signal, as_weight, per_sample, refuse_where
+from convexlearn.spectral import nuclear_norm, positive_part, shrink_singular_values
+from convexlearn.taut_string import taut_string
 
 FEASIBLE = 1e-6
 """A point this far from a set, relative to 1 + its length, counts as inside when an indicator is evaluated."""
@@ -21,6 +25,73 @@ FEASIBLE = 1e-6
 TINY = 1e-30
 
 
+def checked(
+    weight: str = "", *, dims: Sequence[int] = (), batched: bool = True, real: bool = False, square: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A map that refuses what it is not for: v of other dimensions, weights and data that do not fit v.
+
+    weight: what t may be, one number per "entry", "sample" or "group" (a number always). Loops whose arguments are
+    known to fit call the bare map, `Proximal.bare`.
+    """
+
+    def decorate(prox: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = prox.__name__
+
+        def read(v: Any) -> Tensor:
+            v = as_signal(name, v, dims, real=real)
+            if batched and v.ndim == 0:
+                raise ShapeError(f"{name}: v must have shape (B, ...), got a number")
+            if square and v.shape[-1] != v.shape[-2]:
+                raise ShapeError(f"{name}: v must be square matrices, got shape {tuple(v.shape)}")
+            return v
+
+        @wraps(prox)
+        def call(v: Tensor, t: Any = None, **data: Any) -> Tensor:
+            v = read(v)
+            if data:
+                data = {key: _datum(name, key, value, v) for key, value in data.items()}
+                _check_bounds(name, data)
+            if weight == "entry":
+                t = as_weight(name, t, v, v.shape)
+            elif weight == "sample":
+                t = per_sample(name, t, v, "t")
+            elif weight == "group":
+                t = as_weight(name, t, v, _group_shape(v, t, data.get("axis", 1)))
+            return prox(v, t, **data)
+
+        call.read = read  # pyright: ignore[reportAttributeAccessIssue]
+        return call
+
+    return decorate
+
+
+def _datum(name: str, key: str, value: Any, v: Tensor) -> Any:
+    """What a term depends on beside its weight, read."""
+    if key == "radius":
+        return per_sample(name, value, v, key)
+    if key == "M":
+        return as_weight(name, value, v, v.shape, key)
+    if key in ("lower", "upper"):
+        return as_number(name, value, v, v.shape, key)
+    if key == "axis" and value not in (0, 1):
+        raise OptionError(f"{name}: axis must be 0 or 1, got {value!r}")
+    return value
+
+
+def _check_bounds(name: str, data: Mapping[str, Any]) -> None:
+    lower, upper = data.get("lower"), data.get("upper")
+    if lower is not None and upper is not None and not torch.compiler.is_compiling():
+        refuse_where(name, lower > upper, "lower - upper must not be positive", lower - upper)
+
+
+def _group_shape(v: Tensor, t: Any, axis: int) -> tuple[int, ...]:
+    """Of the weights: one per group in a row, or the norms' own shape."""
+    if getattr(t, "ndim", 0) == 1:
+        return (v.shape[2 - axis],)
+    return (len(v), v.shape[1], 1) if axis == 1 else (len(v), 1, v.shape[2])
+
+
+@checked("entry", batched=False)
 def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_1: sign(v) (|v| - t)_+ entry by entry (Example 10); complex entries keep their phase.
 
@@ -33,15 +104,18 @@ def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     return v - v.clamp(min=-bound, max=bound)
 
 
+@checked("entry", batched=False)
 def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """A minimizer of t |z|_0 + 1/2 |z - v|^2 (Eq. 5): entries up to sqrt(2 t) vanish. Not convex: no guarantees.
 
     >>> hard_threshold(torch.tensor([-3.0, 0.5, 2.0]), 0.5)
     tensor([-3.,  0.,  2.])
     """
-    return torch.where(v.abs().square() <= 2 * torch.as_tensor(t), torch.zeros_like(v), v)
+    level = 2 * torch.as_tensor(t)
+    return torch.where(v.abs().square() <= level, torch.zeros_like(v), v + 0 * level)  # NaN in t stays, too
 
 
+@checked("sample")
 def block_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_2, the norm over all entries of a sample: v `(B, ...)`, t scalar or `(B, 1, ...)`.
 
@@ -51,6 +125,7 @@ def block_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     return _shorten(v, _length(v), t)
 
 
+@checked("group", dims=(3,))
 def group_threshold(v: Tensor, t: Tensor | float, *, axis: int = 1) -> Tensor:
     """Prox of t times the sum of 2-norms along `axis` of matrices v `(B, p, q)`; t scalar or one per group.
 
@@ -63,12 +138,14 @@ def group_threshold(v: Tensor, t: Tensor | float, *, axis: int = 1) -> Tensor:
     return _shorten(v, _norm(v, axis + 1), weight)
 
 
+@checked("sample", dims=(3,))
 def singular_value_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t times the nuclear norm of matrices v `(B, p, q)`, real or complex; t scalar or `(B, 1, 1)`."""
     weight = torch.as_tensor(t, dtype=v.real.dtype)
     return shrink_singular_values(v, weight[..., 0, 0] if weight.ndim >= 2 else weight)
 
 
+@checked("entry", batched=False, real=True)
 def huber_prox(v: Tensor, t: Tensor | float, *, M: Any = 1.0) -> Tensor:
     """Prox of t times cvxpy.huber(v, M), the square up to M and 2 M |v| - M^2 beyond, entry by entry.
 
@@ -79,6 +156,7 @@ def huber_prox(v: Tensor, t: Tensor | float, *, M: Any = 1.0) -> Tensor:
     return torch.where(v.abs() <= M * (1 + weight), v / (1 + weight), v - weight * M * v.sign())
 
 
+@checked("sample", dims=(2,), real=True)
 def total_variation_prox(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t sum_i |v_{i+1} - v_i| of signals v `(B, n)`, exact; t scalar or `(B, 1)`.
 
@@ -89,7 +167,7 @@ def total_variation_prox(v: Tensor, t: Tensor | float) -> Tensor:
     tensor([[0.2500, 0.2500, 2.5000]])
     """
     weight = torch.as_tensor(t, dtype=v.dtype).expand(len(v), 1).reshape(-1)
-    ends = [_taut_string(row, w) for row, w in zip(v.detach().double().cpu().numpy(), weight.tolist())]
+    ends = [taut_string(row, w) for row, w in zip(v.detach().double().cpu().numpy(), weight.tolist())]
     segment = torch.as_tensor(np.array([e[0] for e in ends]).reshape(v.shape), device=v.device)
     shift = torch.as_tensor(np.array([e[1] for e in ends]).reshape(v.shape), device=v.device, dtype=v.dtype)
     counts = torch.zeros_like(v).scatter_add(1, segment, torch.ones_like(v)).clamp(min=1)
@@ -97,64 +175,70 @@ def total_variation_prox(v: Tensor, t: Tensor | float) -> Tensor:
     return ((sums + weight[:, None] * shift) / counts).gather(1, segment)
 
 
+@checked("sample")
 def largest_entry_prox(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_inf over all entries of a sample, by Moreau's identity v - (projection on the 1-norm ball)."""
-    return v - project_norm1_ball(v, t, radius=t)
+    return v - project_norm1_ball(v, radius=t)
 
 
+@checked(batched=False)
 def project_zero(v: Tensor, t: Any = None) -> Tensor:
     """Projection on {0}."""
     return torch.zeros_like(v)
 
 
+@checked(batched=False, real=True)
 def project_nonnegative(v: Tensor, t: Any = None) -> Tensor:
     """Projection on the nonnegative orthant."""
     return v.clamp(min=0)
 
 
+@checked(batched=False, real=True)
 def project_box(v: Tensor, t: Any = None, *, lower: Any, upper: Any) -> Tensor:
     """Projection on lower <= v <= upper; the bounds broadcast against v."""
     lower, upper = (torch.as_tensor(bound, dtype=v.dtype, device=v.device) for bound in (lower, upper))
     return torch.minimum(torch.maximum(v, lower), upper)
 
 
+@checked(real=True)
 def project_simplex(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on {v >= 0, sum v = radius} over all entries of a sample (Held, Wolfe, Crowder 1974).
 
     >>> project_simplex(torch.tensor([[2.0, 0.0]]))
     tensor([[1., 0.]])
     """
-    flat, total = _flat(v), _per_sample(radius, v)
-    ordered = flat.sort(-1, descending=True).values
-    rank = torch.arange(1, flat.shape[1] + 1, device=v.device, dtype=v.dtype)
-    levels = (ordered.cumsum(-1) - total) / rank
-    count = (ordered > levels).sum(-1, keepdim=True).clamp(min=1)
-    return (flat - levels.gather(-1, count - 1)).clamp(min=0).reshape(v.shape)
+    if v[:1].numel() == 0 and len(v):
+        raise ShapeError(f"project_simplex: v must have entries, got shape {tuple(v.shape)}")
+    return _simplex(_flat(v), _per_sample(radius, v)).reshape(v.shape)
 
 
+@checked()
 def project_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on |v|_2 <= radius, the norm over all entries of a sample."""
     length, bound = _length(v), _per_sample(radius, v).reshape(-1, *[1] * (v.ndim - 1))
-    return torch.where(length > bound, v * (bound / length.clamp(min=TINY)), v)
+    return torch.where(length <= bound, v, v * (bound / torch.where(length > 0, length, 1.0)))  # NaN stays NaN
 
 
+@checked()
 def project_norm1_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on |v|_1 <= radius over all entries of a sample (Duchi et al. 2008)."""
     flat = _flat(v)
     inside = flat.abs().sum(-1, keepdim=True) <= _per_sample(radius, v)
-    edge = flat.sign() * project_simplex(flat.abs(), radius=radius)
+    edge = flat.sgn() * _simplex(flat.abs(), _per_sample(radius, v))
     return torch.where(inside, flat, edge).reshape(v.shape)
 
 
+@checked(dims=(2,), real=True)
 def project_second_order_cone(v: Tensor, t: Any = None) -> Tensor:
     """Projection of v = (r, x) `(B, 1 + n)` on the cone |x|_2 <= r."""
     r, x = v[:, :1], v[:, 1:]
     length = _norm(x, 1)
     half = (r + length) / 2
-    edge = torch.cat([half, half * x / length.clamp(min=TINY)], 1)
+    edge = torch.cat([half, half * (x / torch.where(length > 0, length, 1.0))], 1)
     return torch.where(length <= r, v, torch.where(length <= -r, torch.zeros_like(v), edge))
 
 
+@checked(dims=(3,), square=True)
 def project_psd(v: Tensor, t: Any = None, *, symmetric: bool = True) -> Tensor:
     """Projection of matrices v `(B, n, n)` on the symmetric (Hermitian) positive semidefinite ones.
 
@@ -163,6 +247,7 @@ def project_psd(v: Tensor, t: Any = None, *, symmetric: bool = True) -> Tensor:
     return positive_part(v) if symmetric else positive_part(v) + (v - v.mH) / 2
 
 
+@checked(dims=(3,), square=True)
 def symmetrise(v: Tensor, t: Any = None) -> Tensor:
     """Projection of matrices v `(B, n, n)` on the symmetric ones."""
     return (v + v.mT) / 2
@@ -183,11 +268,20 @@ class Proximal:
     separable: bool = False
     convex: bool = True
 
+    @property
+    def bare(self) -> Callable[..., Tensor]:
+        """`prox` without checks of its arguments."""
+        return getattr(self.prox, "__wrapped__", self.prox)
+
     def evaluate(self, v: Tensor, weight: Tensor, data: Mapping[str, Any]) -> Tensor:
         """Weighted value `(B,)` at v `(B, ...)`; an indicator is 0 or infinite."""
+        read = getattr(self.prox, "read", None)
+        v = v if read is None else read(v)
+        if v.ndim == 0:
+            raise ShapeError(f"{self.text}: v must have shape (B, ...), got a number")
         if self.value is None:
-            distance = _flat((self.prox(v, weight, **data) - v).abs())
-            outside = distance.amax(-1) > FEASIBLE * (1 + _length(v).reshape(len(v)))
+            distance = _flat((self.bare(v, weight, **data) - v).abs())
+            outside = ~(_norm(distance, 1)[:, 0] <= FEASIBLE * (1 + _length(v).reshape(len(v))))  # NaN is outside
             return torch.where(outside, torch.inf, 0.0).to(v.real.dtype)
         values = self.value(v, **data)
         return _flat(weight * values).sum(-1)
@@ -202,7 +296,11 @@ def _group_norms(v: Tensor, *, axis: int = 1) -> Tensor:
 
 
 def _nuclear_norm(v: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(v, "nuc")[:, None, None]
+    return nuclear_norm(v)[:, None, None]
+
+
+def _nonzero(v: Tensor) -> Tensor:
+    return torch.where(torch.isnan(v), torch.nan, (v != 0).to(v.real.dtype))
 
 
 def _huber(v: Tensor, *, M: Any = 1.0) -> Tensor:
@@ -215,9 +313,7 @@ def _largest(v: Tensor) -> Tensor:
 
 PROXIMABLE = {
     "norm1": Proximal("soft threshold", soft_threshold, torch.abs, separable=True),
-    "norm0": Proximal(
-        "hard threshold, not convex", hard_threshold, lambda v: (v != 0).to(v.real.dtype), separable=True, convex=False
-    ),
+    "norm0": Proximal("hard threshold, not convex", hard_threshold, _nonzero, separable=True, convex=False),
     "norm2": Proximal("block threshold", block_threshold, lambda v: _length(v)),
     "group": Proximal("group threshold", group_threshold, _group_norms),
     "nuclear": Proximal("singular value threshold", singular_value_threshold, _nuclear_norm),
@@ -243,9 +339,12 @@ def _flat(v: Tensor) -> Tensor:
 
 
 def _norm(v: Tensor, dim: int) -> Tensor:
-    """2-norm along `dim`, kept; its gradient at zero is zero."""
-    squared = (v.abs().square() if v.is_complex() else v.square()).sum(dim, keepdim=True)
-    return torch.where(squared > 0, squared.clamp(min=TINY * TINY).sqrt(), squared)
+    """2-norm along `dim`, kept, at any scale of v; its gradient at zero is zero."""
+    if v.shape[dim] == 0:
+        return v.real.sum(dim, keepdim=True)
+    largest = v.detach().abs().amax(dim, keepdim=True)
+    unit = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)  # squares neither over- nor underflow
+    return unit * torch.linalg.vector_norm(v / unit, dim=dim, keepdim=True)
 
 
 def _length(v: Tensor) -> Tensor:
@@ -260,45 +359,17 @@ def _shorten(v: Tensor, length: Tensor, t: Tensor | float) -> Tensor:
     return torch.where(positive, v * factor, torch.zeros_like(v))
 
 
+def _simplex(flat: Tensor, total: Tensor) -> Tensor:
+    """Rows `(B, n)` projected on the nonnegative ones of sum `total` `(B, 1)`."""
+    if flat.shape[1] == 0:
+        return flat
+    ordered = flat.sort(-1, descending=True).values
+    rank = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
+    levels = (ordered.cumsum(-1) - total) / rank
+    count = (ordered > levels).sum(-1, keepdim=True).clamp(min=1)
+    return (flat - levels.gather(-1, count - 1)).clamp(min=0)
+
+
 def _per_sample(number: Any, v: Tensor) -> Tensor:
     """A scalar or one number per sample as `(B, 1)`."""
     return torch.as_tensor(number, dtype=v.real.dtype, device=v.device).reshape(-1, 1).expand(len(v), 1)
-
-
-def _taut_string(v: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the segment that each entry of v `(n,)` lies in, and the shift of each segment in units of t."""
-    n = len(v)
-    string = _string(np.concatenate([[0.0], np.cumsum(v)]), t)
-    segment, shift = np.zeros(n, dtype=np.int64), np.zeros(n)
-    for k, (start, stop, before, after) in enumerate(string):
-        segment[start:stop], shift[k] = k, after - before
-    return segment, shift
-
-
-def _string(total: np.ndarray, t: float) -> list[tuple[int, int, int, int]]:
-    """Straight pieces (start, stop, side at start, side at stop) of the shortest path in the tube of radius t.
-
-    `total` `(n + 1,)` are the cumulative sums; a side is +1 where the path touches the upper wall, -1 the
-    lower one and 0 at the two ends, which are fixed.
-    """
-    n, start, side, pieces = len(total) - 1, 0, 0, []
-    while start < n:
-        origin = total[start] + side * t
-        low, high, low_at, high_at = -np.inf, np.inf, start, start
-        stop, corner = n, 0
-        for j in range(start + 1, n + 1):
-            radius = t if j < n else 0.0
-            lower, upper = (total[j] - radius - origin) / (j - start), (total[j] + radius - origin) / (j - start)
-            if upper < low:  # the path must bend down at the lower wall's corner
-                stop, corner = low_at, -1
-                break
-            if lower > high:
-                stop, corner = high_at, 1
-                break
-            if lower >= low:
-                low, low_at = lower, j
-            if upper <= high:
-                high, high_at = upper, j
-        pieces.append((start, stop, side, corner))
-        start, side = stop, corner
-    return pieces

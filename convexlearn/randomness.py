@@ -4,7 +4,10 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+from convexlearn.errors import OptionError
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -20,6 +23,19 @@ def derive_seed(*parts: int | str) -> int:
 def make_generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded with `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def as_generator(where: str, seed: int | torch.Generator) -> torch.Generator:
+    """`seed` itself where it is a generator, else one seeded with it.
+
+    >>> as_generator("mlp", 3).initial_seed()
+    3
+    """
+    if isinstance(seed, torch.Generator):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**64:
+        raise OptionError(f"{where}: seed must be an integer of 64 bits or a torch.Generator, got {seed!r}")
+    return torch.Generator().manual_seed(int(seed))
 
 
 @contextmanager

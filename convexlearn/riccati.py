@@ -5,20 +5,29 @@ z'Qz + s'Rs (Eqs. 7 and 8 of the paper). All functions take leading batch dimens
 float64 and return the dtype of their arguments.
 """
 
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convexlearn.errors import DomainError, ShapeError
-from convexlearn.inputs import as_floating
+from convexlearn.errors import DomainError
+from convexlearn.riccati_arguments import (
+    as_mask,
+    broadcast,
+    check_definite,
+    check_horizon,
+    check_psd,
+    common,
+    control_model,
+    element,
+    filter_model,
+    first,
+    masks_of,
+    number_text,
+)
 
 DOUBLINGS = 45
 """Spectral radii up to 1 - 1e-12 or so count as strictly stable: 2^45 steps bring A^k to rounding."""
-
-PSD_SLACK = 1e-8
-"""Eigenvalues of a PSD matrix may be as low as -PSD_SLACK |Q|."""
 
 
 class FilterGains(NamedTuple):
@@ -37,7 +46,7 @@ def dlyap(A: Tensor, Q: Tensor) -> Tensor:
     >>> dlyap(torch.tensor([[0.5]]), torch.tensor([[3.0]]))
     tensor([[4.]])
     """
-    dtype, (A, Q) = _common("dlyap", {"A": (A, "nn"), "Q": (Q, "nn")})
+    dtype, (A, Q) = common("dlyap", {"A": (A, "nn"), "Q": (Q, "nn")})
     return _Lyapunov.apply(A, Q).to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -61,13 +70,13 @@ def lqr_gain(A: Tensor, B: Tensor, Q: Tensor, R: Tensor) -> Tensor:
     >>> lqr_gain(*(torch.tensor([[value]]) for value in (1.0, 1.0, 1.0, 2.0)))
     tensor([[0.5000]])
     """
-    dtype, (A, B, Q, R) = _common("lqr_gain", _control_model(A, B, Q, R))
+    dtype, (A, B, Q, R) = common("lqr_gain", control_model(A, B, Q, R))
     return _gain(A, B, _symmetric(R), dare(A, B, Q, R)).to(dtype)
 
 
 def filter_covariance(A: Tensor, C: Tensor, V: Tensor, W: Tensor) -> Tensor:
     """Stationary covariance `(*batch, n, n)` of the state given the observations before it."""
-    dtype, (A, C, V, W) = _common("filter_covariance", _filter_model(A, C, V, W))
+    dtype, (A, C, V, W) = common("filter_covariance", filter_model(A, C, V, W))
     return _dare((A.mT, C.mT, V, W), ("A", "C", "V", "W")).to(dtype)
 
 
@@ -80,8 +89,8 @@ def filter_gain(A: Tensor, C: Tensor, V: Tensor, W: Tensor) -> Tensor:
     >>> filter_gain(*(torch.tensor([[value]]) for value in (1.0, 1.0, 1.0, 2.0)))
     tensor([[0.5000]])
     """
-    dtype, (A, C, V, W) = _common("filter_gain", _filter_model(A, C, V, W))
-    return kalman_update(filter_covariance(A, C, V, W), C, _symmetric(W))[0].to(dtype)
+    dtype, (A, C, V, W) = common("filter_gain", filter_model(A, C, V, W))
+    return _update(filter_covariance(A, C, V, W), C, _symmetric(W))[0].to(dtype)
 
 
 def lqr_recursion(
@@ -95,13 +104,13 @@ def lqr_recursion(
     >>> lqr_recursion(one, one, one, one, 2)[0].flatten()
     tensor([0.6000, 0.5000])
     """
-    _positive_horizon(horizon)
+    check_horizon(horizon)
     terminal = Q if terminal is None else terminal
-    named = _control_model(A, B, Q, R) | {"terminal": (terminal, "nn")}
-    dtype, (A, B, Q, R, P) = _common("lqr_recursion", named)
+    named = control_model(A, B, Q, R) | {"terminal": (terminal, "nn")}
+    dtype, (A, B, Q, R, P) = common("lqr_recursion", named)
     Q, R, P = _symmetric(Q), _symmetric(R), _symmetric(P)
     check_psd("Q", Q)
-    _check_definite("R", R)
+    check_definite("R", R)
     check_psd("terminal", P)
     gains, costs = [], [P]
     for _ in range(horizon):
@@ -133,19 +142,19 @@ def kalman_recursion(
     >>> kalman_recursion(one, one, one, one, one, horizon=2).gain.flatten()
     tensor([0.5000, 0.6000])
     """
-    _positive_horizon(horizon)
-    named = _filter_model(A, C, V, W) | {"covariance": (covariance, "nn")}
-    dtype, (A, C, V, W, P) = _common("kalman_recursion", named)
+    check_horizon(horizon)
+    named = filter_model(A, C, V, W) | {"covariance": (covariance, "nn")}
+    dtype, (A, C, V, W, P) = common("kalman_recursion", named)
     V, W, P = _symmetric(V), _symmetric(W), _symmetric(P)
     for name, matrix in (("V", V), ("W", W), ("covariance", P)):
         check_psd(name, matrix)
-    complete, masks = _masks(observed, horizon)
+    complete, masks = masks_of(observed, horizon, W.shape[-1])
     if observed is not None:
-        P = P.expand(*torch.broadcast_shapes(P.shape[:-2], observed.shape[:-2]), *P.shape[-2:])
+        P = P.expand(*broadcast("kalman_recursion", P.shape[:-2], observed.shape[:-2]), *P.shape[-2:])
     memory = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     gains, priors, posteriors = [], [], []
     for t in range(horizon):
-        L, posterior = kalman_update(P, C, W, masks[t])
+        L, posterior = _update(P, C, W, masks[t])
         gains.append(L)
         priors.append(P)
         posteriors.append(posterior)
@@ -165,12 +174,39 @@ def kalman_update(P: Tensor, C: Tensor, W: Tensor, observed: Tensor | None = Non
 
     observed: `(*batch, p)` False where the observation is missing; its column of L is zero.
     """
+    if _fit(P, C, W, observed):
+        return _update(P, C, W, observed)
+    dtype, (P, C, W) = common("kalman_update", {"P": (P, "nn"), "C": (C, "pn"), "W": (W, "pp")})
+    if observed is not None:
+        observed = as_mask("kalman_update", observed, W.shape[-1])
+        broadcast("kalman_update", P.shape[:-2], observed.shape[:-1])
+    L, posterior = _update(P, C, W, observed)
+    return L.to(dtype), posterior.to(dtype)
+
+
+def _fit(P: Any, C: Any, W: Any, observed: Any) -> bool:
+    """True for float64 matrices of one batch that fit, as filters have them at every step; what is not gets a look."""
+    if not all(isinstance(M, Tensor) and M.dtype is torch.float64 and M.ndim >= 2 for M in (P, C, W)):
+        return False
+    batch, n, p = P.shape[:-2], P.shape[-1], W.shape[-1]
+    there = observed is None or (isinstance(observed, Tensor) and observed.dtype is torch.bool)
+    there = there and (observed is None or observed.shape == (*batch, p))
+    return (
+        there
+        and n * p > 0
+        and P.shape == (*batch, n, n)
+        and all(M.shape in (shape, (*batch, *shape)) for M, shape in ((C, (p, n)), (W, (p, p))))
+    )
+
+
+def _update(P: Tensor, C: Tensor, W: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`kalman_update` of matrices in float64 that fit each other."""
     if observed is not None:
         mask = observed.to(P.dtype)
         C = mask[..., None] * C
         W = mask[..., None] * W * mask[..., None, :] + torch.diag_embed(1 - mask)
     S = _symmetric(C @ P @ C.mT + W)
-    L = torch.cholesky_solve(C @ P, _cholesky("C P C' + W (innovation covariance)", S)).mT
+    L = torch.cholesky_solve(C @ P, check_definite("C P C' + W (innovation covariance)", S)).mT
     if observed is not None:
         L = L * observed[..., None, :].to(P.dtype)
     kept = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - L @ C
@@ -179,7 +215,7 @@ def kalman_update(P: Tensor, C: Tensor, W: Tensor, observed: Tensor | None = Non
 
 def _dare(matrices: tuple[Tensor, Tensor, Tensor, Tensor], names: tuple[str, str, str, str]) -> Tensor:
     """`dare`, whose messages call the four matrices by `names`."""
-    dtype, (A, B, Q, R) = _common("the Riccati equation", dict(zip(names, zip(matrices, ("nn", "nm", "nn", "mm")))))
+    dtype, (A, B, Q, R) = common("the Riccati equation", dict(zip(names, zip(matrices, ("nn", "nm", "nn", "mm")))))
     P = _Riccati.apply(A, B, _symmetric(Q), _symmetric(R), names)
     return P.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -208,9 +244,9 @@ class _Lyapunov(torch.autograd.Function):
     def forward(ctx: Any, A: Tensor, Q: Tensor) -> Tensor:
         X, ok = _double(A, Q)
         if not bool(ok.all()):
-            i = _first(~ok)
+            i = first(~ok)
             raise DomainError(
-                f"dlyap: A{_element(ok, i)} has spectral radius {_radius(A[i]):.6g}, it must be less than 1 for "
+                f"dlyap: A{element(ok, i)} has spectral radius {_radius(A[i]):.6g}, it must be less than 1 for "
                 "the sum of A^k Q A'^k to converge; stabilize the system first, as with lqr_gain"
             )
         ctx.save_for_backward(A, X)
@@ -239,7 +275,7 @@ def _double(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solve_riccati(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, names: tuple[str, ...]) -> Tensor:
     check_psd(names[2], Q)
-    factor = _check_definite(names[3], R)
+    factor = check_definite(names[3], R)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Ak, G, H = A, B @ torch.cholesky_solve(B.mT, factor), Q
     for _ in range(DOUBLINGS):
@@ -265,8 +301,8 @@ def _solve_riccati(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, names: tuple[str,
 
 def _refuse_unstable(A: Tensor, B: Tensor, Q: Tensor, ok: Tensor, names: tuple[str, ...]) -> None:
     """Say which eigenvalue of A cannot be stabilized, or does not show in the cost (Popov, Belevitch, Hautus)."""
-    i = _first(~ok)
-    where = _element(ok, i)
+    i = first(~ok)
+    where = element(ok, i)
     a, b, q, dual = A[i], B[i], Q[i], names[1] == "C"
     for value in torch.linalg.eigvals(a):
         if value.abs() < 1 - 1e-9:
@@ -277,12 +313,12 @@ def _refuse_unstable(A: Tensor, B: Tensor, Q: Tensor, ok: Tensor, names: tuple[s
             word, remedy = ("detectable", "observe") if dual else ("stabilizable", "actuate")
             raise DomainError(
                 f"({names[0]}, {names[1]}) is not {word}{where}: {names[1]} does not reach the mode of A with "
-                f"eigenvalue {_number(value)}; {remedy} it, or remove it from the model"
+                f"eigenvalue {number_text(value)}; {remedy} it, or remove it from the model"
             )
         if float(torch.linalg.svdvals(torch.cat([shifted, q.to(value.dtype)], 0)).min()) < scale:
             raise DomainError(
                 f"the closed loop{where} is not strictly stable: {names[2]} does not weigh the mode of A with "
-                f"eigenvalue {_number(value)}; add a small multiple of the identity to {names[2]}"
+                f"eigenvalue {number_text(value)}; add a small multiple of the identity to {names[2]}"
             )
     raise DomainError(
         f"the Riccati equation has no solution with a strictly stable closed loop{where} (to rounding): check that "
@@ -292,103 +328,12 @@ def _refuse_unstable(A: Tensor, B: Tensor, Q: Tensor, ok: Tensor, names: tuple[s
 
 def _gain(A: Tensor, B: Tensor, R: Tensor, P: Tensor) -> Tensor:
     PB = P @ B
-    return torch.cholesky_solve(PB.mT @ A, _cholesky("R + B'PB", _symmetric(R + B.mT @ PB)))
+    return torch.cholesky_solve(PB.mT @ A, check_definite("R + B'PB", _symmetric(R + B.mT @ PB)))
 
 
 def _symmetric(M: Tensor) -> Tensor:
     return (M + M.mT) / 2
 
 
-def _control_model(A: Any, B: Any, Q: Any, R: Any) -> dict[str, tuple[Any, str]]:
-    return {"A": (A, "nn"), "B": (B, "nm"), "Q": (Q, "nn"), "R": (R, "mm")}
-
-
-def _filter_model(A: Any, C: Any, V: Any, W: Any) -> dict[str, tuple[Any, str]]:
-    return {"A": (A, "nn"), "C": (C, "pn"), "V": (V, "nn"), "W": (W, "pp")}
-
-
-def _common(where: str, given: dict[str, tuple[Any, str]]) -> tuple[torch.dtype, list[Tensor]]:
-    """The dtype of all, and all in float64 with the same batch dimensions; each has letters for its two sizes."""
-    sizes: dict[str, int] = {}
-    named = {name: (as_floating(name, value, f"{where}: matrix"), letters) for name, (value, letters) in given.items()}
-    for name, (matrix, letters) in named.items():
-        if matrix.ndim < 2:
-            raise ShapeError(f"{where}: {name} must be a matrix ({', '.join(letters)}), got {tuple(matrix.shape)}")
-        for letter, size in zip(letters, matrix.shape[-2:]):
-            if sizes.setdefault(letter, size) != size or size == 0:
-                shapes = ", ".join(f"{k} {tuple(m.shape)}" for k, (m, _) in named.items())
-                wanted = ", ".join(f"{k} ({', '.join(letters)})" for k, (_, letters) in named.items())
-                raise ShapeError(f"{where}: {name} does not fit: expected {wanted}, got {shapes}")
-        bad = ~torch.isfinite(matrix.detach()).all(-1).all(-1)
-        if bool(bad.any()):
-            raise DomainError(f"{where}: {name}{_element(bad, _first(bad))} has NaN or infinite entries")
-    try:
-        batch = torch.broadcast_shapes(*(matrix.shape[:-2] for matrix, _ in named.values()))
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(matrix.shape)}" for name, (matrix, _) in named.items())
-        raise ShapeError(f"{where}: the batch dimensions do not fit: {shapes}") from None
-    dtype = reduce(torch.promote_types, (matrix.dtype for matrix, _ in named.values()))
-    return dtype, [matrix.double().expand(*batch, *matrix.shape[-2:]) for matrix, _ in named.values()]
-
-
-def _masks(observed: Tensor | None, horizon: int) -> tuple[int, list[Any]]:
-    """From which step on nothing is missing, and the mask `(*batch, p)` of each step (None: all is there)."""
-    if observed is None:
-        return 0, [None] * horizon
-    if observed.ndim < 2 or observed.shape[-2] != horizon:
-        raise ShapeError(f"observed must have shape (*batch, {horizon}, p), got {tuple(observed.shape)}")
-    whole = observed.all(-1).reshape(-1, horizon).all(0)
-    gaps = torch.nonzero(~whole).flatten()
-    complete = int(gaps[-1]) + 1 if len(gaps) else 0
-    return complete, [None if full else mask for full, mask in zip(whole.tolist(), observed.unbind(-2))]
-
-
-def check_psd(name: str, M: Tensor) -> None:
-    """DomainError, naming batch element and eigenvalue, unless the symmetric M `(*batch, n, n)` is PSD."""
-    lowest, scale = torch.linalg.eigvalsh(M.detach())[..., 0], M.detach().abs().amax((-2, -1))
-    bad = lowest < -PSD_SLACK * scale
-    if bool(bad.any()):
-        i = _first(bad)
-        raise DomainError(
-            f"{name} must be positive semidefinite, but{_element(bad, i)} it has the eigenvalue "
-            f"{float(lowest[i]):.6g}; symmetrise it and clip its eigenvalues at zero"
-        )
-
-
-def _check_definite(name: str, M: Tensor) -> Tensor:
-    """The Cholesky factor of M."""
-    factor, info = torch.linalg.cholesky_ex(M)
-    if bool((info > 0).any()):
-        i = _first(info > 0)
-        raise DomainError(
-            f"{name} must be positive definite, but{_element(info, i)} it has the eigenvalue "
-            f"{float(torch.linalg.eigvalsh(M.detach()[i])[0]):.6g}; add a small multiple of the identity"
-        )
-    return factor
-
-
-_cholesky = _check_definite
-
-
-def _positive_horizon(horizon: int) -> None:
-    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
-        raise ShapeError(f"horizon must be a positive number of steps, got {horizon!r}")
-
-
 def _radius(A: Tensor) -> float:
     return float(torch.linalg.eigvals(A.detach()).abs().max())
-
-
-def _number(value: Tensor) -> str:
-    number = complex(value)
-    return f"{number.real:.6g}" if abs(number.imag) < 1e-12 else f"{number:.6g}"
-
-
-def _first(bad: Tensor) -> tuple[int, ...]:
-    return tuple(torch.nonzero(bad)[0].tolist())
-
-
-def _element(mask: Tensor, index: tuple[int, ...]) -> str:
-    if mask.ndim == 0:
-        return ""
-    return f" in batch element {index[0] if len(index) == 1 else index}"

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convexlearn.prox import soft_threshold
+from convexlearn.errors import ShapeError
+from convexlearn.prox import PROXIMABLE
+from convexlearn.prox_arguments import as_signal, as_weight, per_sample
 from convexlearn.spectral import shrink_singular_values
 
 
@@ -18,8 +20,9 @@ def relative_singular_value_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     tensor([[[2., 0.],
              [0., 1.]]])
     """
-    weight = torch.as_tensor(t, dtype=v.real.dtype, device=v.device)
-    return shrink_singular_values(v, weight[..., 0, 0] if weight.ndim >= 2 else weight, relative=True)
+    v = as_signal("relative_singular_value_threshold", v, (3,))
+    t = torch.as_tensor(per_sample("relative_singular_value_threshold", t, v, "t"), dtype=v.real.dtype, device=v.device)
+    return shrink_singular_values(v, t[..., 0, 0] if t.ndim >= 2 else t, relative=True)
 
 
 def relative_soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
@@ -28,7 +31,8 @@ def relative_soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     >>> relative_soft_threshold(torch.tensor([[1.0, -3.0]]), 1.0)
     tensor([[ 0., -1.]])
     """
-    return soft_threshold(v, t * v.abs().mean(tuple(range(1, v.ndim)), keepdim=True))
+    v, t = _arguments("relative_soft_threshold", v, t)
+    return PROXIMABLE["norm1"].bare(v, t * v.abs().mean(tuple(range(1, v.ndim)), keepdim=True))
 
 
 def relative_power_threshold(v: Tensor, t: Tensor | float) -> Tensor:
@@ -40,10 +44,18 @@ def relative_power_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     >>> relative_power_threshold(torch.tensor([[1.0, -3.0]]), 1.0)
     tensor([[ 0.0000, -1.3333]])
     """
+    v, t = _arguments("relative_power_threshold", v, t)
     power = v.abs().square() if v.is_complex() else v.square()
     level = t * power.mean(tuple(range(1, v.ndim)), keepdim=True)
-    above = power > level
+    above = ~(power <= level)  # NaN stays NaN
     return torch.where(above, v * (1 - level / torch.where(above, power, torch.ones_like(power))), torch.zeros_like(v))
+
+
+def _arguments(name: str, v: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | float]:
+    v = as_signal(name, v)
+    if v.ndim < 2:
+        raise ShapeError(f"{name}: v must have shape (B, ...) with entries to average over, got {tuple(v.shape)}")
+    return v, as_weight(name, t, v, v.shape)
 
 
 SHRINKAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

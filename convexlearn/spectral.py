@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexlearn.errors import ShapeError
+from convexlearn.inputs import as_tensor
+from convexlearn.prox_arguments import as_signal
+
 TINY = 1e-30
 
 
@@ -19,8 +23,15 @@ def shrink_singular_values(X: Tensor, t: Tensor, *, relative: bool = False) -> T
     tensor([[1., 0.],
             [0., 0.]])
     """
-    level = torch.as_tensor(t, dtype=X.real.dtype, device=X.device).expand(X.shape[:-2])
-    return _Shrink.apply(X, level, relative)  # pyright: ignore
+    X, dtype = _matrices("shrink_singular_values", X)
+    level = as_tensor("t", t, "shrink_singular_values").to(dtype=X.real.dtype, device=X.device)
+    if level.ndim > X.ndim - 2 or any(a not in (1, b) for a, b in zip(level.shape[::-1], X.shape[:-2][::-1])):
+        raise ShapeError(
+            f"shrink_singular_values: t must broadcast to {tuple(X.shape[:-2])}, one number per matrix, got "
+            f"{tuple(level.shape)}"
+        )
+    level = torch.where(level < 0, torch.nan, level).expand(X.shape[:-2])
+    return _Shrink.apply(X, level, relative).to(dtype) if X.numel() else X.clone()  # pyright: ignore
 
 
 def positive_part(X: Tensor) -> Tensor:
@@ -30,7 +41,30 @@ def positive_part(X: Tensor) -> Tensor:
     tensor([[1., 0.],
             [0., 0.]])
     """
-    return _PositivePart.apply((X + X.mH) / 2)  # pyright: ignore
+    X, dtype = _matrices("positive_part", X)
+    if X.shape[-1] != X.shape[-2]:
+        raise ShapeError(f"positive_part: X must be square matrices (..., n, n), got shape {tuple(X.shape)}")
+    return _PositivePart.apply((X + X.mH) / 2).to(dtype) if X.numel() else X.clone()  # pyright: ignore
+
+
+def nuclear_norm(X: Tensor) -> Tensor:
+    """Sum of the singular values of X `(..., m, n)`, of shape `(...)`; NaN where X has an entry that is not finite.
+
+    >>> nuclear_norm(torch.diag(torch.tensor([3.0, -1.0])))
+    tensor(4.)
+    """
+    X, dtype = _matrices("nuclear_norm", X)
+    bad = ~torch.isfinite(X.detach()).all(-1).all(-1)
+    total = torch.linalg.svdvals(torch.where(bad[..., None, None], 0.0, X)).sum(-1)
+    return torch.where(bad, torch.nan, total).to(dtype.to_real())
+
+
+def _matrices(where: str, X: Any) -> tuple[Tensor, torch.dtype]:
+    """Matrices in single precision at least, which decompositions need, and the dtype of the result."""
+    X = as_signal(where, X)
+    if X.ndim < 2:
+        raise ShapeError(f"{where}: X must be matrices (..., m, n), got shape {tuple(X.shape)}")
+    return (X.float() if X.dtype in (torch.float16, torch.bfloat16) else X), X.dtype
 
 
 def _quotients(f: Tensor, s: Tensor, slope: Tensor, sign: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.affine_maps import AffineMap, LinearMap
+from convexlearn.errors import CompileError
 from convexlearn.prox import PROXIMABLE, Proximal
 from convexlearn.terms import Bound, ProxTerm, Quadratic, Weight
 
@@ -48,7 +49,7 @@ class BoundTerm:
         if self.program is not None:
             return self.program(u - self.offset, t, **self.data) + self.offset
         natural = u.reshape(len(u), *self.shape)
-        return self.entry.prox(natural, self.fit(t), **self.data).reshape(u.shape)
+        return self.entry.bare(natural, self.fit(t), **self.data).reshape(u.shape)
 
     def fit(self, t: Any) -> Any:
         """The threshold t, scalar, `(B, 1)`, or one per entry or group, shaped to act on the natural shape."""
@@ -172,6 +173,10 @@ def bind_term(term: ProxTerm, values: Mapping[str, Tensor], like: Tensor, progra
         for side, sign in (("lower", -1), ("upper", 1)):
             if isinstance(data[side], list):
                 data[side] = sign * unbounded
+        empty = data["lower"] > data["upper"]  # a box without points: the sample has no decision
+        data["lower"] = torch.where(empty, torch.nan, data["lower"])
+    if isinstance(radius := data.get("radius"), Tensor):
+        data["radius"] = torch.where(radius < 0, torch.nan, radius)
     if program is not None:
         shapes = program.shapes
         data = {n: values[n].reshape((*values[n].shape[:-1], *shapes[n])) for n in program.parameters}
@@ -270,5 +275,16 @@ def _stack(parts: list[tuple[LinearMap, Tensor]], like: Tensor) -> tuple[LinearM
 def _least_norm(K: Tensor, u: Tensor) -> Tensor:
     """K'(K K')^-1 u."""
     gram = K @ K.mH
-    factor = torch.linalg.cholesky(gram)
+    factor = independent_factor(gram)
     return (torch.cholesky_solve(u.unsqueeze(-1), factor).squeeze(-1).unsqueeze(-2) @ K.conj()).squeeze(-2)
+
+
+def independent_factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a Gram matrix `(..., k, k)` of constraints; CompileError where they are dependent."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots, sizes = (M.detach().diagonal(dim1=-2, dim2=-1).real for M in (factor, gram))
+    rounding = 100 * torch.finfo(sizes.dtype).eps
+    dependent = (failed != 0) | (pivots.square() <= rounding * sizes).any(-1)
+    if bool((dependent & torch.isfinite(gram.detach()).all(-1).all(-1)).any()):
+        raise CompileError("the equality constraints of the problem depend on each other; leave out some")
+    return factor

@@ -1,22 +1,27 @@
 """cvxpy.Problem -> smooth quadratic + terms with a proximal map, named and printed (Examples 5, 9, 10)."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
 from convexlearn.affine_maps import AffineMap, LinearMap, affine_map
+from convexlearn.checks import shown
 from convexlearn.convex_prox import ConvexProx
 from convexlearn.domains import Domain
-from convexlearn.errors import CompileError, MissingParameterError, ShapeError
+from convexlearn.errors import CompileError, MissingParameterError, OptionError, ShapeError, suggest
 from convexlearn.expression_text import pretty
+from convexlearn.inputs import as_floating
 from convexlearn.program.declaration import Declaration, value_of
 from convexlearn.prox import PROXIMABLE
 from convexlearn.split_instance import BoundTerm, Instance, Shape, bind_term
+from convexlearn.term_groups import closed_form, merge_terms, overlaps, support
 from convexlearn.terms import ProxTerm, Quadratic, Reader
 
 
@@ -82,9 +87,11 @@ class Split:
         """The problem's numbers for contexts x `(B, ...)`, at the declared values or those in `values`."""
         contexts = self._contexts(x)
         like = _like(contexts, self.variables)
+        given = {} if values is None else self._values(values)
+        self._check_domains({**contexts, **given})
         flat: dict[str, Tensor] = {}
         for name, slot in self.parameters.items():
-            value = slot.value if values is None or name not in values else values[name]
+            value = given.get(name, slot.value)
             flat[name] = value.to(
                 device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype
             ).reshape(-1)
@@ -108,7 +115,7 @@ class Split:
 
     def group_entries(self, group: tuple[int, ...]) -> Tensor:
         """Entries of z of the variables that a joint proximal map moves, in order."""
-        touched = sorted(set().union(*(_support(self.terms[k]) for k in group)))
+        touched = sorted(set().union(*(support(self.terms[k]) for k in group)))
         starts, kept, start = set(touched), [], 0
         for v in self.variables:
             stop = start + math.prod(v.shape)
@@ -120,6 +127,7 @@ class Split:
     def decide(self, z: Tensor, instance: Instance) -> Any:
         """Decisions `(B, ...)` at z `(B, n)`; a tuple for a list of decisions."""
         parts = []
+        z = self._point(z, instance)
         for mapped in self.decisions:
             s = mapped.matrix(instance.values, z)(z) + mapped.offset(instance.values, z)
             parts.append(s.reshape(len(z), *mapped.shape))
@@ -127,7 +135,48 @@ class Split:
 
     def objective(self, z: Tensor, instance: Instance) -> Tensor:
         """Objective `(B,)` at z `(B, n)`, infinite beyond 1e-6 outside a constraint; a ConvexLayer's terms left out."""
+        z = self._point(z, instance)
         return instance.objective(z)
+
+    def _point(self, z: Any, instance: Any) -> Tensor:
+        """z `(B, n)`, in the dtype of the instance."""
+        if not isinstance(instance, Instance):
+            raise OptionError(f"split: instance must be what bind(x) returns, got {shown(instance)}")
+        if not isinstance(z, Tensor) or not z.is_complex():
+            z = as_floating("z", z, "split: point")
+        if z.shape != (instance.batch, self.size):
+            raise ShapeError(f"split: z must have shape ({instance.batch}, {self.size}), got {tuple(z.shape)}")
+        if z.is_complex() and not instance.like.is_complex():
+            raise ShapeError("split: z is complex, but the problem's variables are real")
+        return z.to(instance.like.dtype)
+
+    def _values(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Parameter values by name, in the shapes that are declared."""
+        if not isinstance(values, Mapping):
+            raise OptionError(f"split: values must map names of parameters to tensors, got {shown(values)}")
+        found = {}
+        for name, value in values.items():
+            if name not in self.parameters:
+                raise OptionError(f"split: no parameter '{name}'; {suggest(name, self.parameters)}")
+            if not (isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())):
+                value = as_floating(name, value)
+            if tuple(value.shape) != self.shapes[name]:
+                raise ShapeError(f"parameter '{name}' must have shape {self.shapes[name]}, got {tuple(value.shape)}")
+            found[name] = value
+        return found
+
+    def _check_domains(self, given: Mapping[str, Tensor]) -> None:
+        """DomainError for a value outside its parameter's domain; NaN is inside, and stays in its sample."""
+        if torch.compiler.is_compiling():
+            return
+        domains = self.__dict__.get("_domains")
+        if domains is None:
+            declared = {p.name(): p for p in self.declaration.problem.parameters()}
+            found = {name: _domain(p) for name, p in declared.items()}
+            domains = self.__dict__["_domains"] = {name: domain for name, domain in found.items() if domain.checked}
+        for name in domains.keys() & given.keys():
+            with contextlib.suppress(RuntimeError):  # values cannot be read within vmap
+                domains[name].check(name, given[name])
 
     def _contexts(self, x: tuple) -> dict[str, Tensor]:
         given = self.features(*x) if self.features is not None else x
@@ -140,12 +189,17 @@ class Split:
         contexts = {}
         for name, value in zip(self.context, given):
             shape = self.shapes[name]
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+                value = as_floating(name, value, "context")
             if not isinstance(value, Tensor) or value.ndim != len(shape) + 1 or tuple(value.shape[1:]) != shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ShapeError(
                     f"context '{name}' must be a tensor of shape (B, {', '.join(map(str, shape))}), got {got}"
                 )
             contexts[name] = value
+        sizes = {name: len(value) for name, value in contexts.items()}
+        if len(set(sizes.values())) > 1:
+            raise ShapeError(f"contexts have different batch sizes: {sizes}")
         return contexts
 
 
@@ -169,6 +223,7 @@ def split(problem: Any, context: Any = None, decision: Any = None) -> Split:
         )
     context = list(context) if isinstance(context, list | tuple) else [context]
     outputs = list(decision) if isinstance(decision, list | tuple) else [decision]
+    _check_arguments(problem, context, outputs)
     names = {p.name() for p in problem.parameters()}
     for p in context:
         if p.name() not in names:
@@ -176,6 +231,24 @@ def split(problem: Any, context: Any = None, decision: Any = None) -> Split:
     declaration = Declaration.of(problem, problem.parameters(), outputs)
     fed = tuple(p.name() for p in context)
     return read_split(declaration, fed, isinstance(decision, list | tuple), None, {}, None)
+
+
+def _check_arguments(problem: Any, context: list[Any], outputs: list[Any]) -> None:
+    if not isinstance(problem, cp.Problem):
+        raise OptionError(f"cl.split: problem must be a cvxpy.Problem or a ConvexRule, got {shown(problem)}")
+    for kind, items, wanted in (("context", context, cp.Parameter), ("decision", outputs, cp.Expression)):
+        wrong = [item for item in items if not isinstance(item, wanted)]
+        if wrong or not items:
+            raise OptionError(
+                f"cl.split: {kind} must be a cvxpy.{wanted.__name__} or a list of them, got "
+                f"{shown(wrong[0]) if wrong else 'an empty list'}"
+            )
+    if len({p.name() for p in context}) < len(context):
+        raise OptionError(f"cl.split: context names a parameter twice: {[p.name() for p in context]}")
+
+
+def _domain(p: Any) -> Domain:
+    return Domain.from_attributes(p.shape, {k: v for k, v in p.attributes.items() if k != "complex"}, p.sparse_idx)
 
 
 def _split_rule(rule: Any) -> Split:
@@ -202,7 +275,7 @@ def read_split(
     terms = merge_terms([t for t in found if isinstance(t, ProxTerm)])
     smooth = tuple(t for t in found if isinstance(t, Quadratic))
     linear = tuple(t for t in found if isinstance(t, AffineMap))
-    groups = tuple((g, _group_prox(g, terms, variables)) for g in _overlaps(terms))
+    groups = tuple((g, _group_prox(g, terms, variables)) for g in overlaps(terms))
     programs = {k: _group_prox((k,), terms, variables) for k, t in enumerate(terms) if t.kind == "program"}
     result = Split(
         text="",
@@ -238,8 +311,7 @@ def _slot(p: Any, values: dict, learned: Any) -> ParameterSlot:
             f"parameter '{p.name()}' is neither context nor has it a value; set {p.name()}.value, or add it to context"
         )
     value = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value, dtype=np.result_type(value, float)))
-    domain = Domain.from_attributes(p.shape, {k: v for k, v in p.attributes.items() if k != "complex"}, p.sparse_idx)
-    return ParameterSlot(p.name(), value, domain, learned is None or p.name() in learned)
+    return ParameterSlot(p.name(), value, _domain(p), learned is None or p.name() in learned)
 
 
 def _check(problem: Any) -> None:
@@ -258,75 +330,6 @@ def _check(problem: Any) -> None:
             )
 
 
-def merge_terms(terms: list[ProxTerm]) -> list[ProxTerm]:
-    """Boxes on the same entries become one; a nonnegative vector of fixed sum becomes a simplex."""
-    boxes: dict[tuple, ProxTerm] = {}
-    others = []
-    for t in terms:
-        linear = t.map.fixed
-        if t.kind != "box" or linear is None or linear.index is None:
-            others.append(t)
-            continue
-        key = tuple(linear.index.tolist())
-        old = boxes.get(key)
-        data = {side: [*(old.data[side] if old else []), *t.data[side]] for side in ("lower", "upper")}
-        text = f"{old.text}, {t.text}" if old else t.text
-        source = (None, (*(old.source[1] if old else ()), *t.source[1]))
-        boxes[key] = replace(t, data=data, text=text, source=source)
-    psd = {_support(t) for t in others if t.kind == "psd_cone"}
-    others = [t for t in others if not (t.kind == "symmetric" and _support(t) in psd)]
-    return _simplices(others, list(boxes.values()))
-
-
-def _simplices(others: list[ProxTerm], boxes: list[ProxTerm]) -> list[ProxTerm]:
-    for box in boxes:
-        partner = next((t for t in others if _closes_simplex(t, box)), None)
-        if partner is None:
-            continue
-        assert partner.map.fixed is not None
-        total = partner.map.fixed.dense().sum().item() / box.map.rows
-        data = {"radius": [(partner.map, -1 / total)]}
-        source = (None, (*box.source[1], *partner.source[1]))
-        simplex = replace(box, kind="simplex", data=data, text=f"{box.text}, {partner.text}", source=source)
-        others = [simplex if t is partner else t for t in others]
-        boxes = [b for b in boxes if b is not box]
-    return [*others, *boxes]
-
-
-def _closes_simplex(t: ProxTerm, box: ProxTerm) -> bool:
-    """True when t says that the entries which `box` keeps nonnegative have a fixed sum."""
-    if t.kind != "zero" or t.map.rows != 1 or t.map.fixed is None or box.data["upper"] or len(box.data["lower"]) != 1:
-        return False
-    bound = box.data["lower"][0].map
-    row, index = t.map.fixed.dense()[0], box.map.fixed.index  # pyright: ignore
-    zero = not bound.offsets and not bool(bound.constant.any())
-    return zero and _support(t) == _support(box) and len(set(row[index].tolist())) == 1
-
-
-def _support(t: ProxTerm) -> frozenset[int]:
-    """Entries of z that the term depends on."""
-    linear = t.map.fixed
-    if linear is None:
-        return frozenset(range(t.map.columns))
-    if linear.index is not None:
-        return frozenset(linear.index.tolist())
-    matrix: Any = linear.matrix
-    columns = matrix.coalesce().indices()[1] if matrix.is_sparse else matrix.nonzero()[:, 1]
-    return frozenset(columns.tolist())
-
-
-def _overlaps(terms: Sequence[ProxTerm]) -> list[tuple[int, ...]]:
-    """Sets of terms that are linked by common entries of z, in order of their first member."""
-    groups: list[tuple[set[int], list[int]]] = []
-    for k, t in enumerate(terms):
-        support, members = set(_support(t)), [k]
-        for old in [g for g in groups if g[0] & support]:
-            groups.remove(old)
-            support, members = support | old[0], [*old[1], *members]
-        groups.append((support, members))
-    return sorted(tuple(sorted(members)) for _, members in groups)
-
-
 def _group_prox(group: tuple[int, ...], terms: Sequence[ProxTerm], variables: Sequence[Any]) -> ConvexProx | None:
     """A ConvexProx for terms that have no joint proximal map in closed form."""
     members = [terms[k] for k in group]
@@ -339,21 +342,6 @@ def _group_prox(group: tuple[int, ...], terms: Sequence[ProxTerm], variables: Se
     if any(v.is_complex() for v in own):
         return None
     return ConvexProx(sum(objectives) if objectives else None, constraints, own)
-
-
-def closed_form(members: Sequence[ProxTerm]) -> bool:
-    """True for one term with a tight or diagonal map, an affine set, or a separable term within a box."""
-    selections = [t for t in members if t.map.fixed is not None and t.map.fixed.index is not None]
-    if len(members) == 2 and len(selections) == 2:
-        kinds = {t.kind: t for t in members}
-        box, other = kinds.get("box"), next((t for t in members if t.kind in ("norm1", "norm0", "huber")), None)
-        return box is not None and other is not None and _support(box) >= _support(other)
-    (term,) = members if len(members) == 1 else (None,)
-    if term is None or term.kind == "program" or term.map.fixed is None:
-        return False
-    if term.kind == "zero" or term.map.fixed.tight is not None:
-        return True
-    return PROXIMABLE[term.kind].separable and term.map.fixed.row_products is not None
 
 
 def _describe(s: Split, linear: list[str]) -> str:
@@ -380,7 +368,10 @@ def _like(contexts: Mapping[str, Tensor], variables: tuple[Shape, ...]) -> Tenso
     if any(v.is_complex for v in variables):
         dtype = dtype.to_complex()
     elif dtype.is_complex:
-        raise ShapeError("a context is complex, but the problem's variables are real; declare them complex=True")
+        name = next(name for name, value in contexts.items() if value.is_complex())
+        raise ShapeError(
+            f"context '{name}' is complex, but the problem's variables are real; declare them complex=True"
+        )
     return torch.empty(0, dtype=dtype, device=next(iter(contexts.values())).device)
 
 

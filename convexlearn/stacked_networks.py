@@ -11,19 +11,23 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import SIZES, checked, count, number, require_that
 from convexlearn.errors import OptionError, ShapeError
+from convexlearn.inputs import as_floating
+from convexlearn.randomness import as_generator
 
 
 class StackedLinear(nn.Module):
     """C linear maps: x `(B, C, ..., inputs)` -> `(B, C, ..., outputs)`; without bias also as `product`.
 
     Weights normal with variance gain / inputs from `generator`, biases zero; gain None: both uniform within
-    1 / sqrt(inputs) of zero, as in torch.nn.Linear.
+    1 / sqrt(inputs) of zero, as in torch.nn.Linear. Computed in its own dtype, returned in that of x.
 
     >>> StackedLinear(4, 3, 2)(torch.ones(5, 4, 7, 3)).shape
     torch.Size([5, 4, 7, 2])
     """
 
+    @checked(stack=count(), inputs=count(), outputs=count(), gain=number(least=0))
     def __init__(
         self,
         stack: int,
@@ -45,10 +49,11 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs `(B, C, ..., outputs)`."""
         stack, inputs, outputs = self.weight.shape
+        x = as_floating("x", x, "StackedLinear: input")
         if x.ndim < 3 or x.shape[1] != stack or x.shape[-1] != inputs:
             raise ShapeError(f"StackedLinear: x must be (B, {stack}, ..., {inputs}), got {tuple(x.shape)}")
         rows = x.transpose(0, 1).reshape(stack, math.prod(x.shape[:-1]) // stack, inputs)
-        out = torch.baddbmm(self.bias, rows, self.weight)
+        out = torch.baddbmm(self.bias, rows.to(self.weight.dtype), self.weight).to(x.dtype)
         return out.reshape(stack, len(x), *x.shape[2:-1], outputs).transpose(0, 1)
 
 
@@ -71,10 +76,15 @@ def stacked_mlp(
     >>> stacked_mlp(4, 1, 16, hidden=(8,), activations=[nn.Sigmoid])(torch.ones(2, 4, 9, 1)).shape
     torch.Size([2, 4, 9, 16])
     """
+    for name, size in {"stack": stack, "inputs": inputs, "outputs": outputs}.items():
+        require_that("stacked_mlp", name, count(), size)
+    require_that("stacked_mlp", "hidden", SIZES, hidden)
+    if activations is not None and not (isinstance(activations, list | tuple) and all(map(callable, activations))):
+        raise OptionError(f"stacked_mlp: activations must be a list of classes of modules, got {activations!r}")
     between = [nn.ReLU] * len(hidden) if activations is None else list(activations)
     if len(between) != len(hidden):
         raise OptionError(f"stacked_mlp: {len(between)} activations for {len(hidden)} hidden layers")
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    generator = as_generator("stacked_mlp", seed)
     layers: list[nn.Module] = []
     for (before, after), activation in zip(pairwise([inputs, *hidden]), between):
         layers += [
@@ -116,6 +126,10 @@ class SlidingBiLSTM(nn.Module):
     tensor([1.], grad_fn=<Unique2Backward0>)
     """
 
+    @checked(
+        outputs=count(), hidden=count(), layers=count(), length=count(), stride=count(), stack=count(),
+        dropout=number(least=0, below=1),
+    )  # fmt: skip
     def __init__(
         self,
         outputs: int,
@@ -129,18 +143,20 @@ class SlidingBiLSTM(nn.Module):
         seed: int | torch.Generator = 0,
     ) -> None:
         super().__init__()
-        if min(hidden, layers, length, stride) < 1 or stride > length:
-            raise OptionError("SlidingBiLSTM: hidden, layers, length and stride must be at least 1, stride <= length")
+        if stride > length:
+            raise OptionError(f"SlidingBiLSTM: stride must be at most length = {length}, got {stride}")
         self.length, self.stride, self.stack, count = length, stride, stack, stack or 1
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        generator = as_generator("SlidingBiLSTM", seed)
         self.layers = nn.ModuleList(_BiLSTM(count, 2 * hidden if k else 1, hidden, generator) for k in range(layers))
         self.dropout = nn.Dropout(dropout)
         self.head = StackedLinear(count, 2 * hidden, outputs, gain=1.0, generator=generator)
 
     def forward(self, x: Tensor, *ignored: Tensor) -> Tensor:
         """Log probabilities `(B, T, outputs)` or `(B, C, T, outputs)`."""
-        if x.ndim != (2 if self.stack is None else 3):
-            raise ShapeError(f"SlidingBiLSTM: x must be (B, {'' if self.stack is None else 'C, '}T), got {x.shape}")
+        x = as_floating("x", x, "SlidingBiLSTM: input")
+        wanted = "(B, T)" if self.stack is None else f"(B, {self.stack}, T)"
+        if x.ndim != wanted.count(",") + 1 or x.shape[-1] == 0 or (x.ndim == 3 and x.shape[1] != self.stack):
+            raise ShapeError(f"SlidingBiLSTM: x must be {wanted} with T > 0, got {tuple(x.shape)}")
         own = (x[:, None] if self.stack is None else x).to(self.head.weight.dtype)
         steps = own.shape[-1]
         length = min(self.length, steps)

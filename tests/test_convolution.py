@@ -108,7 +108,7 @@ def test_what_is_no_convolution_is_refused():
     torch.testing.assert_close(matrix(close, (6, 6))[14], (W.mT @ W)[14], rtol=0, atol=1e-13)
     with pytest.raises(ShapeError, match="no whole multiple"):
         Convolution.from_matrix(W, (6, 6), (5, 7))
-    with pytest.raises(ShapeError, match="images to images"):
+    with pytest.raises(ShapeError, match="size of an image"):
         Convolution.from_matrix(W, (36,), (36,))
     with pytest.raises(OptionError, match="did you mean 'circular'"):
         Convolution(draw(3, 3), boundary="circula")

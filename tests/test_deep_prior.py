@@ -242,7 +242,7 @@ def test_errors_name_what_is_wrong():
     H = normal(3, 5)
     with pytest.raises(OptionError, match="did you mean 'implicit'"):
         DeepPrior(decoder(), H, 2, gradient="implict")
-    with pytest.raises(OptionError, match="restarts must be a positive integer, got 0"):
+    with pytest.raises(OptionError, match="restarts must be an integer of at least 1, got 0"):
         DeepPrior(decoder(), H, 2, restarts=0)
     with pytest.raises(OptionError, match="cannot learn 'wieght'"):
         DeepPrior(decoder(), H, 2, learn=["wieght"])

@@ -46,13 +46,16 @@ layer_transforms
 layer_node
 layer
 diagnose
-spectral expression_text
+prox_arguments expression_text taut_string
+spectral
 prox convex_prox
 shrinkage
 affine_maps
 terms
+term_groups
 split_instance
 splitting
+riccati_arguments
 riccati block_tridiagonal newton
 softmax_regression
 chain_kernels

@@ -81,3 +81,25 @@ def test_bad_input():
         objectives.psnr(T)
     with pytest.raises(ShapeError, match=r"objective '<lambda>' must return one number per sample, shape \(2,\)"):
         objectives.judge(lambda t: t.decision.sum(), T)
+
+
+def test_a_lost_decision_is_no_unknown_target():
+    s = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
+    target = torch.tensor([[0.0, 5.0], [0.0, float("nan")]])
+    losses = objectives.known_squared_error(Trajectory(s, s, target=target))
+    assert losses[0].isnan()
+    assert losses[1] == 1.0
+
+
+def test_scores_that_are_nan_have_no_error_rate():
+    scores = torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
+    rate = objectives.error_rate(Trajectory(scores, scores, target=torch.tensor([1, 1])))
+    assert rate[0] == 0.0
+    assert rate[1].isnan()
+
+
+def test_complex_and_integer_decisions_are_numbers():
+    z = torch.tensor([[3 + 4j, 0]])
+    assert objectives.squared_error(Trajectory(z, z, target=torch.zeros_like(z))) == 25.0
+    k = torch.tensor([[True, False]])
+    assert objectives.mean_squared_error(Trajectory(k, k, target=~k)) == 1.0

@@ -225,3 +225,22 @@ def test_nan_stays_and_integers_meet_a_broken_threshold():
     assert soft_threshold(v, 0.5).isnan().tolist() == [[True, False, False]]
     assert block_threshold(v, 0.5).isnan().all()
     assert torch.equal(soft_threshold(torch.tensor([3, -1]), 0.5), torch.tensor([2.5, -0.5]))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_norms_neither_overflow_nor_vanish(scale):
+    v = draw((5,))
+    for kind, data in {"ball": {"radius": 0.8}, "second_order_cone": {}, "norm2": {}}.items():
+        scaled = {name: scale * value for name, value in data.items()}
+        expected = PROXIMABLE[kind].prox(v, 0.6, **data)
+        torch.testing.assert_close(PROXIMABLE[kind].prox(scale * v, scale * 0.6, **scaled) / scale, expected)
+
+
+def test_bare_maps_are_those_without_checks():
+    v = draw((4, 3))
+    for kind, entry in PROXIMABLE.items():
+        natural = (
+            v[:, :3] if CASES.get(kind, ((4,),))[0] == (3, 3) else v if kind in ("group", "nuclear") else v[..., 0]
+        )
+        data = CASES[kind][1] if kind in CASES else {}
+        assert torch.equal(entry.bare(natural, 0.5, **data), entry.prox(natural, 0.5, **data))

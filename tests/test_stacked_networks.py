@@ -152,7 +152,7 @@ def test_wrong_arguments_are_refused():
         StackedLinear(3, 2, 4)(torch.zeros(5, 2, 2))
     with pytest.raises(OptionError, match="1 activations for 2 hidden"):
         stacked_mlp(2, 1, 2, hidden=(3, 3), activations=[nn.ReLU])
-    with pytest.raises(OptionError, match="stride <= length"):
+    with pytest.raises(OptionError, match="stride must be at most length"):
         SlidingBiLSTM(2, length=4, stride=5)
-    with pytest.raises(ShapeError, match=r"x must be \(B, C, T\)"):
+    with pytest.raises(ShapeError, match=r"x must be \(B, 3, T\)"):
         SlidingBiLSTM(2, stack=3)(torch.zeros(2, 5))

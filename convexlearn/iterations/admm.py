@@ -11,7 +11,7 @@ from convexlearn.errors import CompileError, OptionError
 from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.iterations.circulant import gram_spectra
-from convexlearn.split_instance import BoundTerm, Instance
+from convexlearn.split_instance import BoundTerm, Instance, independent_factor
 
 GOLDEN = (1 + math.sqrt(5)) / 2
 
@@ -91,6 +91,7 @@ class ADMM(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values and name != "sigma":
             return self.values[name]
         if name in ("step", "relaxation"):
@@ -171,7 +172,7 @@ class ADMM(Iteration):
         return lambda w: solve(drive + 2 * penalty * blocks.adjoint(w - offset))
 
     def _second(self, W2: Any, w: Tensor) -> Tensor:
-        return w @ W2.mT.to(w.dtype) if isinstance(W2, Tensor) else self.apply_matrix(W2, w)
+        return self.apply_matrix(W2, w)
 
     def _shrink(self, instance: Instance, blocks: Blocks, penalty: Tensor, given: Mapping[str, Any]) -> Callable:
         thresholds = instance.thresholds(1 / (2 * penalty))
@@ -244,8 +245,11 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     E = torch.cat([t.map.dense().to(instance.like) for t in equalities], -2) if equalities else None
     if E is not None:  # adding E'E changes nothing where E s + e = 0, and makes the system definite
         system = system + E.mH @ E * system.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(system)
+    bad = ~torch.isfinite(system.detach()).all(-1).all(-1)  # a matrix of NaN harms its own sample alone
+    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    factor, failed = torch.linalg.cholesky_ex(torch.where(bad[..., None, None], identity, system))
     _require_definite(instance, bool((failed != 0).any()))
+    factor = torch.where(bad[..., None, None], torch.nan, factor)
 
     def solve(r: Tensor) -> Tensor:
         return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
@@ -253,7 +257,7 @@ def _dense_solver(instance: Instance, blocks: Blocks, penalty: Tensor, equalitie
     if E is None:
         return solve
     lifted = torch.cholesky_solve(E.mH, factor)
-    schur = torch.linalg.cholesky(E @ lifted)
+    schur = independent_factor(E @ lifted)
 
     def constrained(r: Tensor) -> Tensor:
         s = solve(r)

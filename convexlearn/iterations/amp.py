@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexlearn.errors import CompileError
 from convexlearn.iterations.base import Iteration, Layer, Slot, require_smooth
-from convexlearn.prox import soft_threshold
+from convexlearn.prox import PROXIMABLE
 from convexlearn.split_instance import Instance
 
 
@@ -56,13 +56,14 @@ class AMP(Iteration):
             instance.A,
         )
         assert A is not None
+        shrink = PROXIMABLE["norm1"].bare
 
         def advance(state: State) -> State:
             share = (state.z != 0).sum(-1, keepdim=True).to(instance.like.real) / A.rows
             r = instance.y - A(state.z) + share * state.r
             moved = A.adjoint(r) if W1 is None else self.apply_matrix(W1, r, instance.y_shape)
             noise = torch.linalg.vector_norm(r, dim=-1, keepdim=True) / math.sqrt(A.rows)
-            return State(soft_threshold(state.z + moved, alpha * noise), r)
+            return State(shrink(state.z + moved, alpha * noise), r)
 
         return advance
 
@@ -80,6 +81,7 @@ class AMP(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values:
             return self.values[name]
         if name == "threshold":

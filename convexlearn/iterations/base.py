@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convexlearn.checks import shown
 from convexlearn.convolution import Convolution
 from convexlearn.errors import CompileError, NonFiniteError, OptionError, ShapeError, listed, suggest
 from convexlearn.failures import collector
+from convexlearn.inputs import as_tensor
 from convexlearn.prox import PROXIMABLE
 from convexlearn.shrinkage import SHRINKAGES
 from convexlearn.split_instance import Instance
@@ -55,6 +58,11 @@ class Iteration(ABC):
     slots: ClassVar[tuple[Slot, ...]]
 
     def __init__(self, split: Split, **values: Any) -> None:
+        if not isinstance(split, Split):
+            raise OptionError(
+                f"{type(self).__name__}: split must be what cl.split(problem, context, decision) returns, got "
+                f"{shown(split)}"
+            )
         self.split = split
         self.values: dict[str, Any] = {}
         self.freed: frozenset[str] = frozenset()
@@ -160,10 +168,17 @@ class Iteration(ABC):
 
     def step(self, state: Any, instance: Instance, slots: Mapping[str, Any] | None = None) -> Any:
         """One step from `state`; to run many, keep the `layer`."""
+        if not isinstance(state, tuple) or not all(isinstance(part, Tensor) for part in state):
+            raise OptionError(f"{type(self).__name__}: state must be one of this iteration, got {shown(state)}")
         return self.layer(instance, slots)(state)
 
     def given(self, slots: Mapping[str, Any] | None, instance: Instance) -> dict[str, Any]:
         """Slot values: those in `slots`, else the iteration's own, tensors in the dtype of the instance."""
+        if not isinstance(instance, Instance):
+            raise OptionError(f"{type(self).__name__}: instance must be what bind(x) returns, got {shown(instance)}")
+        for name in slots or ():
+            if name not in self.values:
+                self.slot(name)
         merged = {**self.values, **self.scheduled(-1), **(slots or {})}
         return {name: _cast(value, instance.like) for name, value in merged.items()}
 
@@ -188,8 +203,14 @@ class Iteration(ABC):
         second = second_argument(prox)
         if sigma is not None and second is None:
             raise OptionError("slot 'sigma' has a value, but the module in slot 'prox' takes none: forward(v, sigma)")
-        level = sigma if sigma is not None else noise_level(t) if second == "sigma" else t
+        level = sigma if sigma is not None else noise_level(t) if second == "sigma" else self._fit(t)
         return self._checked(lambda v: prox(v) if second is None else prox(v, level), z)
+
+    def _fit(self, t: Any) -> Any:
+        """A threshold of each sample `(B, 1)` in as many dimensions as the variable, where it is the only one."""
+        if len(self.split.variables) != 1 or not isinstance(t, Tensor) or t.ndim != 2 or t.shape[1] != 1:
+            return t
+        return t.reshape(len(t), *[1] * len(self.split.variables[0].shape))
 
     def _checked(self, call: Callable[[Any], Any], z: Tensor) -> Tensor:
         """call on the variables of z; a sample for which it returns no numbers fails, and it alone."""
@@ -223,6 +244,13 @@ class Iteration(ABC):
     def stack(self, parts: Any) -> Tensor:
         """z `(B, n)` of variables `(B, *shape)`, the inverse of `unstack`."""
         parts = parts if isinstance(parts, tuple | list) else (parts,)
+        wrong = next((part for part in parts if not isinstance(part, Tensor)), None)
+        if len(parts) != len(self.split.variables) or not all(isinstance(part, Tensor) for part in parts):
+            names = ", ".join(v.name for v in self.split.variables)
+            got = f"{len(parts)} parts" if wrong is None and parts[:1] != (None,) else shown(wrong)
+            raise ShapeError(
+                f"a module in a slot, such as prox or W1, must return one tensor for each of {names}, got {got}"
+            )
         for v, part in zip(self.split.variables, parts):
             if tuple(part.shape[1:]) != v.shape:
                 raise ShapeError(
@@ -276,6 +304,9 @@ class Iteration(ABC):
     def apply_matrix(self, W: Any, v: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         """A matrix slot at v `(B, m)`: a tensor, or a module fed with the natural shape (of z where None)."""
         if isinstance(W, Tensor):
+            wanted = (self.split.size, v.shape[1])
+            if W.shape[-2:] != wanted:
+                raise ShapeError(f"slot W1 or W2 must be a matrix {wanted} here, got {tuple(W.shape)}")
             return v @ W.mT.to(v.dtype)
         natural = self.unstack(v) if shape is None else v.reshape(len(v), *shape)
         return self.stack(W(natural))
@@ -309,8 +340,16 @@ class Iteration(ABC):
 def _number(slot: Slot, value: Any) -> Tensor:
     if slot.kind in ("prox", "module"):
         raise OptionError(f"slot '{slot.name}' takes a module, a function or a name, got {type(value).__name__}")
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    if slot.kind != "matrix" or not np.iscomplexobj(value):
+        value = as_tensor(slot.name, value, "slot")
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
     tensor = tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
+    if not bool(torch.isfinite(tensor).all()):
+        raise OptionError(f"slot '{slot.name}' must be finite, got {shown(tensor)}")
+    if slot.kind == "matrix" and tensor.ndim not in (2, 3):
+        raise OptionError(f"slot '{slot.name}' takes a matrix, got shape {tuple(tensor.shape)}")
+    if slot.kind in ("positive", "number") and slot.name != "sigma" and tensor.numel() != 1:
+        raise OptionError(f"slot '{slot.name}' takes a number, got shape {tuple(tensor.shape)}")
     low = 0.0 if slot.kind == "threshold" else torch.finfo(torch.float64).tiny
     if slot.name == "sigma" and (tensor.ndim > 1 or not tensor.numel()):
         raise OptionError(f"slot 'sigma' takes a number or a schedule (K,), got shape {tuple(tensor.shape)}")

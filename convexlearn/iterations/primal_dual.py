@@ -85,6 +85,7 @@ class PrimalDual(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values and name != "sigma":
             return self.values[name]
         if name == "relaxation":

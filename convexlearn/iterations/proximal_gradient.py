@@ -108,6 +108,7 @@ class ISTA(Iteration):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values and name != "sigma":
             return self.values[name]
         if name == "prox":
@@ -177,6 +178,7 @@ class FISTA(ISTA):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot; momentum follows the sequence t_k."""
+        self.slot(name)
         if name != "momentum" or name in self.values:
             return super().initial(name, k)
         t, momentum = 1.0, 0.0

@@ -8,6 +8,7 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
+from convexlearn.checks import SIZES, number, require_that, shown
 from convexlearn.convolution import Convolution, JointConvolution
 from convexlearn.errors import CompileError, OptionError, suggest
 from convexlearn.iterations.base import Iteration, Layer, Slot
@@ -29,6 +30,9 @@ def robust_pca(
     >>> print(robust_pca((4, 3), 0.5, 0.1))
     smooth 1/2|L+S-D|^2 (L = 2) + low_rank |L|_* [singular value threshold] + sparse |S|_1 [soft threshold]
     """
+    _check_shape("robust_pca", shape)
+    for name, weight in {"low_rank": low_rank, "sparse": sparse}.items():
+        require_that("robust_pca", name, number(least=0), weight)
     D = cp.Parameter(shape, name="D", complex=is_complex)
     L, S = (cp.Variable(shape, name=name, complex=is_complex) for name in "LS")
     weights = [cp.Parameter(nonneg=True, name=n, value=v) for n, v in (("low_rank", low_rank), ("sparse", sparse))]
@@ -42,11 +46,19 @@ def principal_component_pursuit(shape: tuple[int, int], weight: float | None = N
 
     Run `Converged(ADMM(principal_component_pursuit(shape)))`. A penalty near p q/(8 sum |D|) suits it.
     """
+    _check_shape("principal_component_pursuit", shape)
+    if weight is not None:
+        require_that("principal_component_pursuit", "weight", number(least=0), weight)
     D = cp.Parameter(shape, name="D")
     L, S = (cp.Variable(shape, name=name) for name in "LS")
     sparse = cp.Parameter(nonneg=True, name="sparse", value=max(shape) ** -0.5 if weight is None else weight)
     goal = cp.normNuc(L) + sparse * cp.norm1(S)
     return split(cp.Problem(cp.Minimize(goal), [L + S == D]), [D], [L, S])
+
+
+def _check_shape(where: str, shape: Any) -> None:
+    if not SIZES.fits(shape) or len(shape) != 2:
+        raise OptionError(f"{where}: shape must be (p, q), got {shown(shape)}")
 
 
 class RobustPCA(ISTA):
@@ -89,7 +101,7 @@ class RobustPCA(ISTA):
 
         def shrink(k: int, v: Tensor) -> Tensor:
             term, t, own = instance.terms[k], thresholds[k], shrinks[k]
-            return term.entry.prox(v, term.fit(t), **term.data) if own is None else own(v, t)
+            return term.entry.bare(v, term.fit(t), **term.data) if own is None else own(v, t)
 
         def advance(state: State) -> State:
             found = (shrink(k, v) for k, v in enumerate(inner(*self.unstack(state.z))))
@@ -127,6 +139,7 @@ class RobustPCA(ISTA):
 
     def initial(self, name: str, k: int = 0) -> Tensor:
         """Start value of a slot."""
+        self.slot(name)
         if name in self.values:
             return self.values[name]
         if name == "step":

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from convexlearn import newton
+from convexlearn.checks import FUNCTION, NAMES, SEED, checked, count, instance, number, word
 from convexlearn.domains import Domain
 from convexlearn.errors import LimitWarning, OptionError, ShapeError, listed, suggest
 from convexlearn.failures import collector
-from convexlearn.inputs import as_contexts, flattened
+from convexlearn.inputs import as_contexts, as_floating, flattened
 from convexlearn.randomness import make_generator
 from convexlearn.rules.base import DecisionRule, Role
 
@@ -53,6 +54,11 @@ class DeepPrior(DecisionRule):
     tensor([[1.5000, 1.5000]])
     """
 
+    @checked(
+        generator=instance(nn.Module, "an nn.Module"), latent=count(), weight=number(least=0), penalty=FUNCTION,
+        restarts=count(), seed=SEED, gradient=word(("implicit", "unroll")), tol=number(above=0),
+        max_iterations=count(), learn=NAMES,
+    )  # fmt: skip
     def __init__(
         self,
         generator: nn.Module,
@@ -69,11 +75,6 @@ class DeepPrior(DecisionRule):
         learn: Sequence[str] = ("weight",),
     ) -> None:
         super().__init__()
-        if gradient not in ("implicit", "unroll"):
-            raise OptionError(f"DeepPrior: gradient='{gradient}'; {suggest(gradient, ('implicit', 'unroll'))}")
-        for name, count in {"latent": latent, "restarts": restarts, "max_iterations": max_iterations}.items():
-            if not isinstance(count, int) or count < 1:
-                raise OptionError(f"DeepPrior: {name} must be a positive integer, got {count!r}")
         for name in learn:
             if name not in ("weight", "H"):
                 raise OptionError(f"DeepPrior: cannot learn '{name}'; {suggest(name, ('weight', 'H'))}")
@@ -81,7 +82,7 @@ class DeepPrior(DecisionRule):
         self.latent, self.restarts, self.seed = latent, restarts, seed
         self.gradient, self.tol, self.max_iterations = gradient, tol, max_iterations
         self.declare("weight", torch.as_tensor(weight, dtype=torch.float64), NONNEGATIVE, learned="weight" in learn)
-        self.declare("H", H, role=Role.OBJECTIVE, learned="H" in learn)
+        self.declare("H", as_floating("H", H), role=Role.OBJECTIVE, learned="H" in learn)
         if self.H.ndim != 2:
             raise ShapeError(f"H must have shape (m, n), got {tuple(self.H.shape)}")
 
