@@ -106,7 +106,7 @@ def test_the_filter_keeps_the_best_approximation_of_its_rank():
 
 def test_the_network_starts_as_nothing_removed_and_splits_d():
     D, _ = Movies(pixels=8, frames=6).draw(2, generator())
-    rule = clutter.FrameNetwork(8, 6)
+    rule = clutter.FrameNetwork(6)
     L, S = rule(D)
     assert S.abs().max() == 0
     torch.testing.assert_close(L, D)
