@@ -432,7 +432,7 @@ def methods() -> dict[str, Calling]:
         "iterate_loss": calling(
             iterate_loss,
             net=thing(net, affine()),
-            x=tensor(normal(3, 4), normal(3, 5), finite=False, word="x"),
+            x=tensor(normal(3, 4), normal(3, 5), finite=False, word="x|context"),
             s=tensor(normal(3, 6), normal(3, 5), finite=False, word="s|targets"),
             weights=tensor(torch.ones(3), torch.ones(2), optional=True),
         ),
