@@ -25,7 +25,7 @@ FEASIBLE = 1e-6
 TINY = 1e-30
 
 
-def checked(
+def _checked(
     weight: str = "", *, dims: Sequence[int] = (), batched: bool = True, real: bool = False, square: bool = False
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """A map that refuses what it is not for: v of other dimensions, weights and data that do not fit v.
@@ -91,7 +91,7 @@ def _group_shape(v: Tensor, t: Any, axis: int) -> tuple[int, ...]:
     return (len(v), v.shape[1], 1) if axis == 1 else (len(v), 1, v.shape[2])
 
 
-@checked("entry", batched=False)
+@_checked("entry", batched=False)
 def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_1: sign(v) (|v| - t)_+ entry by entry (Example 10); complex entries keep their phase.
 
@@ -104,7 +104,7 @@ def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     return v - v.clamp(min=-bound, max=bound)
 
 
-@checked("entry", batched=False)
+@_checked("entry", batched=False)
 def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """A minimizer of t |z|_0 + 1/2 |z - v|^2 (Eq. 5): entries up to sqrt(2 t) vanish. Not convex: no guarantees.
 
@@ -115,7 +115,7 @@ def hard_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     return torch.where(v.abs().square() <= level, torch.zeros_like(v), v + 0 * level)  # NaN in t stays, too
 
 
-@checked("sample")
+@_checked("sample")
 def block_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_2, the norm over all entries of a sample: v `(B, ...)`, t scalar or `(B, 1, ...)`.
 
@@ -125,7 +125,7 @@ def block_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     return _shorten(v, _length(v), t)
 
 
-@checked("group", dims=(3,))
+@_checked("group", dims=(3,))
 def group_threshold(v: Tensor, t: Tensor | float, *, axis: int = 1) -> Tensor:
     """Prox of t times the sum of 2-norms along `axis` of matrices v `(B, p, q)`; t scalar or one per group.
 
@@ -138,14 +138,14 @@ def group_threshold(v: Tensor, t: Tensor | float, *, axis: int = 1) -> Tensor:
     return _shorten(v, _norm(v, axis + 1), weight)
 
 
-@checked("sample", dims=(3,))
+@_checked("sample", dims=(3,))
 def singular_value_threshold(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t times the nuclear norm of matrices v `(B, p, q)`, real or complex; t scalar or `(B, 1, 1)`."""
     weight = torch.as_tensor(t, dtype=v.real.dtype)
     return shrink_singular_values(v, weight[..., 0, 0] if weight.ndim >= 2 else weight)
 
 
-@checked("entry", batched=False, real=True)
+@_checked("entry", batched=False, real=True)
 def huber_prox(v: Tensor, t: Tensor | float, *, M: Any = 1.0) -> Tensor:
     """Prox of t times cvxpy.huber(v, M), the square up to M and 2 M |v| - M^2 beyond, entry by entry.
 
@@ -156,7 +156,7 @@ def huber_prox(v: Tensor, t: Tensor | float, *, M: Any = 1.0) -> Tensor:
     return torch.where(v.abs() <= M * (1 + weight), v / (1 + weight), v - weight * M * v.sign())
 
 
-@checked("sample", dims=(2,), real=True)
+@_checked("sample", dims=(2,), real=True)
 def total_variation_prox(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t sum_i |v_{i+1} - v_i| of signals v `(B, n)`, exact; t scalar or `(B, 1)`.
 
@@ -175,32 +175,32 @@ def total_variation_prox(v: Tensor, t: Tensor | float) -> Tensor:
     return ((sums + weight[:, None] * shift) / counts).gather(1, segment)
 
 
-@checked("sample")
+@_checked("sample")
 def largest_entry_prox(v: Tensor, t: Tensor | float) -> Tensor:
     """Prox of t |v|_inf over all entries of a sample, by Moreau's identity v - (projection on the 1-norm ball)."""
     return v - project_norm1_ball(v, radius=t)
 
 
-@checked(batched=False)
+@_checked(batched=False)
 def project_zero(v: Tensor, t: Any = None) -> Tensor:
     """Projection on {0}."""
     return torch.zeros_like(v)
 
 
-@checked(batched=False, real=True)
+@_checked(batched=False, real=True)
 def project_nonnegative(v: Tensor, t: Any = None) -> Tensor:
     """Projection on the nonnegative orthant."""
     return v.clamp(min=0)
 
 
-@checked(batched=False, real=True)
+@_checked(batched=False, real=True)
 def project_box(v: Tensor, t: Any = None, *, lower: Any, upper: Any) -> Tensor:
     """Projection on lower <= v <= upper; the bounds broadcast against v."""
     lower, upper = (torch.as_tensor(bound, dtype=v.dtype, device=v.device) for bound in (lower, upper))
     return torch.minimum(torch.maximum(v, lower), upper)
 
 
-@checked(real=True)
+@_checked(real=True)
 def project_simplex(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on {v >= 0, sum v = radius} over all entries of a sample (Held, Wolfe, Crowder 1974).
 
@@ -212,14 +212,14 @@ def project_simplex(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     return _simplex(_flat(v), _per_sample(radius, v)).reshape(v.shape)
 
 
-@checked()
+@_checked()
 def project_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on |v|_2 <= radius, the norm over all entries of a sample."""
     length, bound = _length(v), _per_sample(radius, v).reshape(-1, *[1] * (v.ndim - 1))
     return torch.where(length <= bound, v, v * (bound / torch.where(length > 0, length, 1.0)))  # NaN stays NaN
 
 
-@checked()
+@_checked()
 def project_norm1_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor:
     """Projection on |v|_1 <= radius over all entries of a sample (Duchi et al. 2008)."""
     flat = _flat(v)
@@ -228,7 +228,7 @@ def project_norm1_ball(v: Tensor, t: Any = None, *, radius: Any = 1.0) -> Tensor
     return torch.where(inside, flat, edge).reshape(v.shape)
 
 
-@checked(dims=(2,), real=True)
+@_checked(dims=(2,), real=True)
 def project_second_order_cone(v: Tensor, t: Any = None) -> Tensor:
     """Projection of v = (r, x) `(B, 1 + n)` on the cone |x|_2 <= r."""
     r, x = v[:, :1], v[:, 1:]
@@ -238,7 +238,7 @@ def project_second_order_cone(v: Tensor, t: Any = None) -> Tensor:
     return torch.where(length <= r, v, torch.where(length <= -r, torch.zeros_like(v), edge))
 
 
-@checked(dims=(3,), square=True)
+@_checked(dims=(3,), square=True)
 def project_psd(v: Tensor, t: Any = None, *, symmetric: bool = True) -> Tensor:
     """Projection of matrices v `(B, n, n)` on the symmetric (Hermitian) positive semidefinite ones.
 
@@ -247,7 +247,7 @@ def project_psd(v: Tensor, t: Any = None, *, symmetric: bool = True) -> Tensor:
     return positive_part(v) if symmetric else positive_part(v) + (v - v.mH) / 2
 
 
-@checked(dims=(3,), square=True)
+@_checked(dims=(3,), square=True)
 def symmetrise(v: Tensor, t: Any = None) -> Tensor:
     """Projection of matrices v `(B, n, n)` on the symmetric ones."""
     return (v + v.mT) / 2
