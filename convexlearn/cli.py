@@ -19,12 +19,31 @@ from typing import Any
 SUCCESS, FAILURE, MISUSE, INTERRUPTED = 0, 1, 2, 130
 
 
+FIRST_STEPS = """\
+first steps:
+  convexlearn list                           the problems, each with the rules that it compares
+  convexlearn show sparse-recovery           what one declares, and its options
+  convexlearn tune sparse-recovery           fit its rules, and compare them on data that none has seen
+  convexlearn tune lqr --set horizon=50 --plot figures --save rules.pt --json result.json
+  convexlearn evaluate lqr rules.pt          judge saved rules again
+  convexlearn tune --help                    all options of a command
+
+`tune sparse-recovery` takes seconds, other problems minutes and more; `--steps 2` is a quick look, no result.
+In several processes:
+  torchrun --standalone --nproc-per-node 2 -m convexlearn tune lqr --checkpoint run
+
+A problem of your own is Python: import convexlearn as cl; help(cl.ConvexRule), help(cl.tune), help(cl.evaluate)."""
+
+
 class Misuse(Exception):
     """The command line asks for something that cannot be."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` defaults to the arguments of the process. Returns the exit code."""
+    if not (sys.argv[1:] if argv is None else argv):
+        parser().print_help(sys.stderr)
+        return MISUSE
     arguments = parser().parse_args(argv)
     usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
@@ -92,14 +111,16 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     top = argparse.ArgumentParser(
         prog="convexlearn",
-        description="Decision rules tuned from data: the catalogue of declared problems.",
-        epilog="Example: convexlearn tune super-resolution --plot figures --json result.json; in several processes: "
-        "torchrun --nproc-per-node 2 -m convexlearn tune super-resolution --checkpoint run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Decision rules (convex problems, filters, networks) tuned from data. The commands run the\n"
+        "catalogue of declared problems: each holds data or a plant, several rules, and measures to compare them.",
+        epilog=FIRST_STEPS,
     )
     top.add_argument("--version", action="version", version=f"convexlearn {_version()}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="list the problems", description="List the problems.")
+    text = "List the problems: name, what is decided by which rules, and where it is published."
+    command = commands.add_parser("list", help="list the problems", description=text)
     command.set_defaults(run=run_list)
 
     text = "Describe a problem: source, shapes and units, declaration, rules, options, reference answer."
@@ -107,11 +128,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help="name of the problem, as in `convexlearn list`")
     command.set_defaults(run=run_show)
 
-    text = "Fit the rules of a problem and judge each in a simulation that it was not fitted to."
+    text = (
+        "Fit the rules of a problem and judge each in a simulation that it was not fitted to. The table has a row per "
+        "rule: its measures, mean ± standard error; how many numbers were trained (in the objective, as "
+        "hyperparameters, as network weights); and the time of a decision."
+    )
     command = commands.add_parser("tune", help="fit the rules of a problem and compare them", description=text)
     _add_common(command)
-    command.add_argument("--steps", type=_positive, metavar="N", help="gradient steps of every rule (2: a smoke run)")
-    command.add_argument("--save", type=Path, metavar="FILE", help="store the fitted rules for `evaluate`")
+    command.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="gradient steps of every rule (2: a quick look; default: as published)",
+    )
+    text = "store the fitted rules for `convexlearn evaluate NAME FILE`"
+    command.add_argument("--save", type=Path, metavar="FILE", help=text)
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")
     text = "write checkpoints into this folder, and resume from those that are there"
     command.add_argument("--checkpoint", type=Path, metavar="DIR", help=text)
@@ -138,10 +169,10 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTION=VALUE",
-        help="an option of the problem, as in `convexlearn show NAME`; may be repeated",
+        help="an option of the problem, listed by `convexlearn show NAME`; may be repeated",
     )
     command.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG files into this folder")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write means and standard errors")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     command.add_argument("--markdown", action="store_true", help="print the table as markdown")
 
 

@@ -194,11 +194,12 @@ def blame(objective: Objective, trajectory: Trajectory, values: Tensor, labels: 
         rows = odd if value is None else odd & not_finite(value, len(trajectory)).to(odd.device)
         if value is not None and bool(rows.any()):
             known = ", or take known_squared_error, which skips unknown entries" if field == "target" else ""
+            numbers = listed([labels[k] for k in rows.nonzero().flatten().tolist()])
             return (
-                f"objective '{name}' is no number for samples {listed([labels[k] for k in rows.nonzero().flatten()])}, "
+                f"objective '{name}' is no number for samples {numbers}, "
                 f"whose {field} holds NaN or inf; mend or leave out these samples, as in pairs.subset(indices){known}"
             )
-    rows = torch.isnan(values.detach()).nonzero().flatten()
+    rows = torch.isnan(values.detach()).nonzero().flatten().tolist()
     return (
         f"objective '{name}' is NaN for samples {listed([labels[k] for k in rows])}, although their target, context, "
         "state, cost and decision are finite; it divides by zero or takes the root or logarithm of a negative number"

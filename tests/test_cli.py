@@ -1,6 +1,7 @@
 """The command line: commands, files, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ import torch
 
 import convexlearn
 from convexlearn import descent as descent_module
-from convexlearn.cli import main
+from convexlearn.cli import FIRST_STEPS, main, parser
 from convexlearn.errors import FailureWarning
 from convexlearn.problems import entries
 
@@ -88,6 +89,24 @@ def test_help_of_every_command(capsys):
             main(argv)
         assert error.value.code == 0
         assert "usage: convexlearn" in capsys.readouterr().out
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    assert "first steps:" in capsys.readouterr().err
+
+
+def test_first_steps_are_commands_that_parse(capsys):
+    lines = [re.split(r"\s{3,}", line.strip())[0] for line in FIRST_STEPS.splitlines() if line.startswith("  ")]
+    commands = [line.partition("convexlearn ")[2].split() for line in lines]
+    assert len(commands) == 7
+    for argv in commands:
+        if "--help" in argv:
+            with pytest.raises(SystemExit, match="0"):
+                parser().parse_args(argv)
+        else:
+            name = getattr(parser().parse_args(argv), "name", None)
+            assert name is None or name in entries()
 
 
 def test_tune_prints_a_table_and_writes_json(tuned, capsys):
