@@ -284,7 +284,9 @@ class Proximal:
             outside = ~(_norm(distance, 1)[:, 0] <= FEASIBLE * (1 + _length(v).reshape(len(v))))  # NaN is outside
             return torch.where(outside, torch.inf, 0.0).to(v.real.dtype)
         values = self.value(v, **data)
-        return _flat(weight * values).sum(-1)
+        if self.value is _group_norms and getattr(weight, "ndim", 0) == 1:  # one per group
+            weight = torch.as_tensor(weight).unsqueeze(data.get("axis", 1) - 2)
+        return _flat(as_weight(self.text, weight, v, values.shape, "weight") * values).sum(-1)
 
 
 def _sum_of_jumps(v: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ def _sum_of_jumps(v: Tensor) -> Tensor:
 
 
 def _group_norms(v: Tensor, *, axis: int = 1) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=axis + 1)
+    return torch.linalg.vector_norm(v, dim=axis + 1, keepdim=True)
 
 
 def _nuclear_norm(v: Tensor) -> Tensor:

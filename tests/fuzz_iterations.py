@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import convexlearn as cl
 from convexlearn.convex_prox import ConvexProx
+from convexlearn.iterations.circulant import spectrum
 
 NAN = math.nan
 X, FRAMES = normal(3, 4, seed=41), normal(3, 4, 3, seed=42)
@@ -42,6 +43,13 @@ def bounded(kind: str) -> cl.Split:
         "joint": [cp.abs(s) <= size, cp.sum(s) >= 0],
     }
     return cl.split(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - s)), sets[kind]), [x, size], s)
+
+
+def grouped(axis: int) -> cl.Split:
+    """Group sparsity whose weight is context."""
+    s, x, rho = cp.Variable((4, 3)), cp.Parameter((4, 3), name="x"), cp.Parameter(nonneg=True, name="rho")
+    size = cp.sum(cp.norm(s, 2, axis=axis))
+    return cl.split(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - s) + rho * size)), [x, rho], s)
 
 
 def steps(iteration: Any, count: int = 3) -> Callable[..., Tensor]:
@@ -75,6 +83,16 @@ def iteration_functions() -> dict[str, Callable[[], Function]]:
             ("measured", measured, (X, MATRIX)),
         )
     }
+    for axis in (0, 1):
+        split = grouped(axis)
+        found[f"ISTA group {axis}"] = maker(steps(cl.ISTA(split)), FRAMES, WEIGHT, lengths=True)
+        found[f"Split.objective group {axis}"] = maker(
+            lambda z, x, t, split=split: split.objective(z, split.bind(x, t)),
+            normal(3, 12, seed=46),
+            FRAMES,
+            WEIGHT,
+            lengths=True,
+        )
     for name in ("box", "ball", "norm1_ball"):
         found[f"ISTA {name}"] = maker(steps(cl.ISTA(bounded(name))), X, WEIGHT, lengths=True)
     return {
@@ -125,6 +143,16 @@ def unsound_iterations() -> list[tuple[str, Callable[[], Any]]]:
         *[("W2", lambda v=v: steps(admm.replace(W2=v))(X)) for v in wide],
         *[("prox", lambda v=v: ista.replace(prox=v)) for v in ("x", 3, 1.0, None, X)],
         *[("prox", lambda v=v: steps(ista.replace(prox=lambda z: v))(X)) for v in (None, "x", 3.0)],
+        *[("prox", lambda v=v: ista.replace(prox=v)) for v in ("box", lambda: 1, lambda a, b, c: a, nn.ReLU)],
+        *[("image", lambda v=v: ista.convolve("W1", image=v)) for v in ("ab", 5, (3,), (0, 2), (-2, -3), (1.5, 2))],
+        *[("restart", lambda v=v: cl.FISTA(plain, restart=v)) for v in (None, "x", 1)],
+        *[("k", lambda v=v: cl.FISTA(plain).initial("momentum", v)) for v in (None, "x", -1, 1.5)],
+        *[("threshold", lambda v=v: steps(ista.replace(threshold=v))(X)) for v in (torch.ones(3), torch.ones(2, 2))],
+        ("state", lambda: admm.step(ista.start(instance), instance)),
+        ("state", lambda: ista.step(ista.resume(X, instance), instance)),
+        ("state", lambda: ista.step(ista.start(plain.bind(X[:2])), instance)),
+        *[("gram", lambda f=f: spectrum(f, (4,))) for f in (None, "x", 3)],
+        *[("shape", lambda v=v: spectrum(lambda z: z, v)) for v in (None, "x", (0,), 3)],
         *[("sigma", lambda v=v: ista.replace(prox="norm1", sigma=v)) for v in ("x", None, NAN, -1.0, torch.ones(2, 2))],
         *[("slot", lambda n=n: ista.free(n)) for n in ("x", "step", None, 3)],
         *[("slot", lambda k=k, n=n: k(plain).initial(n)) for k in kinds[:-1] for n in ("x", None, 3)],

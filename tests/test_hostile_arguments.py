@@ -178,7 +178,9 @@ EXCEPTED = {
     "Status": "an enum",
     "VehicleNoise": "a named tuple, which Vehicle checks",
     "errors": "the module of the exceptions",
-    **dict.fromkeys(("check_objective", "judge", "maximizes", "objective_name"), "called by tune and evaluate"),
+    **dict.fromkeys(
+        ("blame", "check_objective", "judge", "maximizes", "objective_name"), "called by tune and evaluate"
+    ),
     **dict.fromkeys(("initialise", "mlp", "real_nvp"), "make networks; their options are among the refused calls"),
     **dict.fromkeys(("principal_component_pursuit", "robust_pca", "split"), "declare problems; see ISTA and others"),
     **dict.fromkeys(("flows", "networks", "objectives", "simulate", "plants"), "a module, whose names are listed here"),

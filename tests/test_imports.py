@@ -63,6 +63,7 @@ chain
 networks stacked_networks gain_networks convolution
 flows
 denoisers
+iterations.slots
 iterations.base
 iterations.circulant iterations.blocks
 iterations.*

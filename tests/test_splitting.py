@@ -139,3 +139,16 @@ def test_variables_attributes_are_terms():
     goal = cp.sum_squares(v - x) + cp.sum_squares(X)
     assert "box" in str(split := cl.split(cp.Problem(cp.Minimize(goal)), [x], [v, X]))
     assert "positive semidefinite cone" in str(split)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_objective_of_groups_is_that_of_each_sample(axis):
+    s, x, rho = cp.Variable((4, 3)), cp.Parameter((4, 3), name="x"), cp.Parameter(nonneg=True, name="rho")
+    size = cp.sum(cp.norm(s, 2, axis=axis))
+    parts = cl.split(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - s) + rho * size)), [x, rho], s)
+    generator = torch.Generator().manual_seed(0)
+    X, Z = (torch.randn(3, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
+    found = parts.objective(Z.flatten(1), parts.bind(X, weights))
+    expected = (X - Z).square().sum((1, 2)) / 2 + weights * Z.norm(dim=axis + 1).sum(1)
+    torch.testing.assert_close(found, expected)

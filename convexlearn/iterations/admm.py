@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import CompileError, OptionError
-from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
+from convexlearn.iterations.base import Iteration, Layer
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.iterations.circulant import gram_spectra
+from convexlearn.iterations.slots import SIGMA, Slot
 from convexlearn.split_instance import BoundTerm, Instance, independent_factor
 
 GOLDEN = (1 + math.sqrt(5)) / 2

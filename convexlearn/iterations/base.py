@@ -1,45 +1,23 @@
 """The contract of iterations: start, layer, decision; slots by name (section "Iterative solvers" of the paper)."""
 
 import copy
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convexlearn.checks import shown
+from convexlearn.checks import SIZES, shown
 from convexlearn.convolution import Convolution
 from convexlearn.errors import CompileError, NonFiniteError, OptionError, ShapeError, listed, suggest
 from convexlearn.failures import collector
-from convexlearn.inputs import as_tensor
+from convexlearn.iterations.slots import Slot, cast_value, check_prox, noise_level, second_argument, slot_number
 from convexlearn.prox import PROXIMABLE
 from convexlearn.shrinkage import SHRINKAGES
 from convexlearn.split_instance import Instance
 from convexlearn.splitting import Split
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A named place in an iteration.
-
-    kind: "positive" (a number), "number" (of either sign), "threshold" (nonnegative, one per weight of the terms),
-    "matrix" (a matrix, or a module from image to image), "prox" (a module or function v -> s, (v, t) -> s or, for a
-    denoiser, (v, sigma) -> s, or a name in PROXIMABLE or SHRINKAGES), or "module" (any other module). objective: True
-    for what belongs to the objective (theta^o), False for hyperparameters (theta^h).
-    """
-
-    name: str
-    kind: str
-    objective: bool = False
-
-
-SIGMA = Slot("sigma", "positive")
-"""Noise level that a denoiser in the prox slot is told (alpha_k of Eq. 26); a row `(K,)` is a schedule."""
 
 Layer = Callable[[Any], Any]
 """One step with all its numbers in: state -> state."""
@@ -130,6 +108,8 @@ class Iteration(ABC):
         default as small as the problem's own. A matrix that is no convolution with this boundary is an OptionError
         unless exact=False (see Convolution.from_matrix).
         """
+        if image is not None and (not SIZES.fits(image) or len(image) != 2):
+            raise OptionError(f"convolve: image must be (h, w), got {shown(image)}")
         if len(self.split.variables) != 1:
             raise OptionError(f"convolve: the decision is more than one image: {self.split}")
         W = self.free(name).values[name]
@@ -168,9 +148,12 @@ class Iteration(ABC):
 
     def step(self, state: Any, instance: Instance, slots: Mapping[str, Any] | None = None) -> Any:
         """One step from `state`; to run many, keep the `layer`."""
-        if not isinstance(state, tuple) or not all(isinstance(part, Tensor) for part in state):
-            raise OptionError(f"{type(self).__name__}: state must be one of this iteration, got {shown(state)}")
-        return self.layer(instance, slots)(state)
+        layer, first = self.layer(instance, slots), self.start(instance)
+        if type(state) is not type(first) or any(getattr(a, "shape", 0) != b.shape for a, b in zip(state, first)):
+            raise OptionError(
+                f"{type(self).__name__}: state must be one of this iteration and batch, got {shown(state)}"
+            )
+        return layer(state)
 
     def given(self, slots: Mapping[str, Any] | None, instance: Instance) -> dict[str, Any]:
         """Slot values: those in `slots`, else the iteration's own, tensors in the dtype of the instance."""
@@ -180,7 +163,7 @@ class Iteration(ABC):
             if name not in self.values:
                 self.slot(name)
         merged = {**self.values, **self.scheduled(-1), **(slots or {})}
-        return {name: _cast(value, instance.like) for name, value in merged.items()}
+        return {name: cast_value(value, instance.like) for name, value in merged.items()}
 
     def scheduled(self, k: int) -> dict[str, Tensor]:
         """Values at step k of the slots that hold a schedule: its last one from there on, and for k = -1."""
@@ -266,7 +249,11 @@ class Iteration(ABC):
         """The threshold slot, one number or all weights in a row, cut into one per term; indicators keep theirs."""
         sizes, parts, start = self.threshold_sizes(), list(fallback), 0
         if sum(sizes) == 1 or t.ndim == 0:
+            if t.numel() != 1:
+                raise OptionError(f"slot 'threshold' takes one number here, got shape {tuple(t.shape)}")
             return [t.reshape(()) if n else f for n, f in zip(sizes, fallback)]
+        if t.shape[-1] != sum(sizes):
+            raise OptionError(f"slot 'threshold' takes {sum(sizes)} weights in a row here, got shape {tuple(t.shape)}")
         for k, n in enumerate(sizes):
             if n:
                 part = t[..., start : start + n]
@@ -320,9 +307,11 @@ class Iteration(ABC):
                     raise OptionError(f"slot '{name}': no proximal map '{value}'; {suggest(value, table)}")
                 value = table[value]
             elif not callable(value):
-                value = _number(slot, value)
+                value = slot_number(slot, value)
             elif slot.kind in ("positive", "threshold", "number"):
                 raise OptionError(f"slot '{name}' takes a number, got {type(value).__name__}")
+            if slot.kind == "prox":
+                check_prox(name, value)
             self.values[name] = value
         if "sigma" in self.values and "prox" not in self.values:
             raise OptionError(
@@ -335,53 +324,6 @@ class Iteration(ABC):
     def __repr__(self) -> str:
         given = "".join(f", {name}" for name in self.values)
         return f"{type(self).__name__}({self.split}{given})"
-
-
-def _number(slot: Slot, value: Any) -> Tensor:
-    if slot.kind in ("prox", "module"):
-        raise OptionError(f"slot '{slot.name}' takes a module, a function or a name, got {type(value).__name__}")
-    if slot.kind != "matrix" or not np.iscomplexobj(value):
-        value = as_tensor(slot.name, value, "slot")
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
-    tensor = tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
-    if not bool(torch.isfinite(tensor).all()):
-        raise OptionError(f"slot '{slot.name}' must be finite, got {shown(tensor)}")
-    if slot.kind == "matrix" and tensor.ndim not in (2, 3):
-        raise OptionError(f"slot '{slot.name}' takes a matrix, got shape {tuple(tensor.shape)}")
-    if slot.kind in ("positive", "number") and slot.name != "sigma" and tensor.numel() != 1:
-        raise OptionError(f"slot '{slot.name}' takes a number, got shape {tuple(tensor.shape)}")
-    low = 0.0 if slot.kind == "threshold" else torch.finfo(torch.float64).tiny
-    if slot.name == "sigma" and (tensor.ndim > 1 or not tensor.numel()):
-        raise OptionError(f"slot 'sigma' takes a number or a schedule (K,), got shape {tuple(tensor.shape)}")
-    if slot.kind in ("positive", "threshold") and bool((tensor < low).any()):
-        raise OptionError(f"slot '{slot.name}' must be positive, got {tensor.min().item():g}")
-    return tensor
-
-
-def _cast(value: Any, like: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device=like.device, dtype=like.dtype if value.is_complex() else like.real.dtype)
-
-
-def second_argument(function: Any) -> str | None:
-    """Name of the second argument of a module or function; None where it takes one only."""
-    target = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in kinds]
-    return names[1] if len(names) > 1 else None
-
-
-def noise_level(t: Any) -> Tensor:
-    """Standard deviation sqrt(t) of the noise that prox_{t g} removes: t `()` -> `()`, `(B, 1)` -> `(B,)`."""
-    t = torch.as_tensor(t)
-    if t.numel() != 1 and (t.ndim != 2 or t.shape[1] != 1):
-        raise OptionError("terms with a weight for each entry tell a denoiser no noise level; give slot 'sigma'")
-    return t.reshape(-1).sqrt() if t.numel() != 1 else t.reshape(()).sqrt()
 
 
 def require_smooth(split: Split, name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from convexlearn.checks import FUNCTION, SIZES, require_that
 from convexlearn.iterations.blocks import Blocks
 from convexlearn.split_instance import Instance
 
@@ -54,6 +55,8 @@ def spectrum(gram: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor
     >>> spectrum(lambda z: 2 * z - z.roll(1, 1) - z.roll(-1, 1), (4,))
     tensor([0., 2., 4., 2.], dtype=torch.float64)
     """
+    require_that("spectrum", "gram", FUNCTION, gram)
+    require_that("spectrum", "shape", SIZES, shape)
     probes = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probes[0] = 0
     probes[0].view(-1)[0] = 1

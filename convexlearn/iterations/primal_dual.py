@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from convexlearn.errors import OptionError
-from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot
+from convexlearn.iterations.base import Iteration, Layer
 from convexlearn.iterations.blocks import Blocks
+from convexlearn.iterations.slots import SIGMA, Slot
 from convexlearn.split_instance import Instance
 
 

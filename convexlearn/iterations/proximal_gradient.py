@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from convexlearn.checks import FLAG, count, require_that
 from convexlearn.errors import OptionError
-from convexlearn.iterations.base import SIGMA, Iteration, Layer, Slot, require_smooth
+from convexlearn.iterations.base import Iteration, Layer, require_smooth
+from convexlearn.iterations.slots import SIGMA, Slot
 from convexlearn.split_instance import Instance
 from convexlearn.splitting import Split
 
@@ -146,6 +148,7 @@ class FISTA(ISTA):
     slots = (*FORWARD, Slot("momentum", "number"), *MATRICES, SIGMA)
 
     def __init__(self, split: Split, *, restart: bool = True, **values: Any) -> None:
+        require_that("FISTA", "restart", FLAG, restart)
         self.restart = restart
         super().__init__(split, **values)
 
@@ -181,6 +184,7 @@ class FISTA(ISTA):
         self.slot(name)
         if name != "momentum" or name in self.values:
             return super().initial(name, k)
+        require_that("FISTA.initial", "k", count(0), k)
         t, momentum = 1.0, 0.0
         for _ in range(k):
             following = (1 + (1 + 4 * t * t) ** 0.5) / 2

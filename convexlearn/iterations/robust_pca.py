@@ -124,7 +124,7 @@ class RobustPCA(ISTA):
     ) -> Convolution:
         """The factor of a product slot as a kernel `(size, size)`, 5 by default, on frames of h w = p pixels."""
         shape, split = self.split.variables[0].shape, self.split
-        if image is None or math.prod(image) != shape[0]:
+        if not SIZES.fits(image) or len(image or ()) != 2 or math.prod(image or ()) != shape[0]:
             raise OptionError(
                 f"convolve: rows are the {shape[0]} pixels of frames; give image=(h, w) with h w = {shape[0]}"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convexlearn.domains import Domain
+from convexlearn.errors import FileError
 from convexlearn.program.compiler import Compiled, Feature, ParameterSpec, fixed_values
 from convexlearn.program.program import Cones, Program, ProgramData, Sparsity
 
@@ -109,7 +110,7 @@ def decode(structure: Tensor) -> tuple[Compiled, str]:
     values = structure.cpu().numpy()
     version, length = int(values[2]), int(values[3])
     if version != VERSION:
-        raise ValueError(f"the structure has version {version}, this convexlearn reads {VERSION}; export it anew")
+        raise FileError(f"the structure has version {version}, this convexlearn reads {VERSION}; export it anew")
     description = json.loads(values[HEADER : HEADER + length // 8].tobytes())
     n, m, nnz_P, nnz_A, nnz = description["sizes"]
     ends = np.cumsum([HEADER + length // 8, nnz_P, nnz_P, nnz_A, nnz_A, nnz, nnz, nnz])
