@@ -3,7 +3,6 @@
 Each is an error of convexlearn that names the argument: never one of a library below, never a silent answer.
 """
 
-import importlib.util
 import inspect
 import os
 import re
@@ -17,6 +16,7 @@ import fuzz_service_calls
 import fuzz_simulator_calls
 import pytest
 from fuzz_arguments import OMITTED, Calling
+from fuzz_numeric import functions
 from fuzz_subjects import subjects
 
 import convexlearn as cl
@@ -187,27 +187,14 @@ EXCEPTED = {
 }
 """Public names that are no subject, and why."""
 
-PENDING = {
-    *("ADMM", "AMP", "ChainFactors", "Convolution", "Denoiser", "DnCNN", "FISTA", "ISTA", "PrimalDual", "RobustPCA"),
-    *("principal_component_pursuit", "robust_pca", "split"),
-    *(name for module in (prox, objectives, networks, flows) for name in public(module)),
-}
-"""Public names whose fuzzing comes with that of the numeric modules; with `numeric` it is not looked at."""
-
-
-def numeric() -> set[str]:
-    """Names of the subjects of the numeric modules, where these are there."""
-    found = importlib.util.find_spec("fuzz_numeric") is not None
-    return set(importlib.import_module("fuzz_numeric").functions()) if found else set()
-
 
 def test_every_public_name_is_a_subject_or_excepted():
-    keys = {*subjects(), *fuzz_rules.subjects(), *(key for make in MAKERS.values() for key in make()), *numeric()}
+    keys = {*subjects(), *fuzz_rules.subjects(), *(key for make in MAKERS.values() for key in make()), *functions()}
     heads = {re.split(r"[ .(]", key)[0] for key in keys} | keys
     names = {name: name for name in cl.__all__}
     for module in DOCUMENTED:
         names |= {f"{module.__name__.rpartition('.')[2]}.{name}": name for name in public(module)}
-    known = heads | EXCEPTED.keys() | (set() if numeric() else PENDING)
+    known = heads | EXCEPTED.keys()
     missing = {full for full, name in names.items() if not {full, name} & known}
     assert not missing
     assert not EXCEPTED.keys() - set(names.values()), "excepted, but not public"
