@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from convexlearn.checks import checked, count, number
 from convexlearn.errors import OptionError, ShapeError, SolverError, listed
+from convexlearn.inputs import as_floating, as_tensor
 from convexlearn.newton import minimize
 
 
+@checked(classes=count(), penalty=number(above=0))
 def softmax_regression(x: Tensor, labels: Tensor, classes: int, *, penalty: float = 1e-7) -> tuple[Tensor, Tensor]:
     """Weights `(C, d, K)` and biases `(C, 1, K)` of scores x @ weights + biases, in the dtype of x.
 
@@ -21,17 +24,9 @@ def softmax_regression(x: Tensor, labels: Tensor, classes: int, *, penalty: floa
     >>> (x @ weights + biases).softmax(-1)[0, :, 1]
     tensor([0.3017, 0.3966, 0.6034, 0.6983])
     """
-    if x.ndim != 3 or labels.shape != x.shape[:2] or x.shape[1] == 0:
-        shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
-        raise ShapeError(f"softmax_regression: x must be (C, N, d) and labels (C, N), N at least 1, got {shapes}")
-    if not penalty > 0:
-        raise OptionError(f"softmax_regression: penalty must be positive, got {penalty!r}")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise OptionError(
-            f"softmax_regression: labels must be in 0, ..., {classes - 1}, got {labels.unique().tolist()}"
-        )
+    x, labels = _checked(x, labels, classes)
     features = torch.cat([x, x.new_ones(*labels.shape, 1)], -1).double()
-    sent = torch.nn.functional.one_hot(labels, classes).double()
+    sent = torch.nn.functional.one_hot(labels.long(), classes).double()
 
     def loss(z: Tensor, features: Tensor, sent: Tensor) -> Tensor:
         scores = features @ z.unflatten(1, (-1, classes))
@@ -53,3 +48,16 @@ def softmax_regression(x: Tensor, labels: Tensor, classes: int, *, penalty: floa
         raise SolverError(f"softmax_regression: no minimum found for data sets {failed}; raise penalty, or scale x")
     fitted = found.point.unflatten(1, (-1, classes)).to(x.dtype)
     return fitted[:, :-1], fitted[:, -1:]
+
+
+def _checked(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    kind = "softmax_regression: input"
+    x, labels = as_floating("x", x, kind), as_tensor("labels", labels, kind)
+    if x.ndim != 3 or labels.shape != x.shape[:2] or x.shape[1] == 0:
+        shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
+        raise ShapeError(f"softmax_regression: x must be (C, N, d) and labels (C, N), N at least 1, got {shapes}")
+    if labels.is_floating_point() or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+        raise OptionError(
+            f"softmax_regression: labels must be integers in 0, ..., {classes - 1}, got {labels.unique().tolist()}"
+        )
+    return x, labels

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from convexlearn.checks import SIZES, checked, count, number, require_that
+from convexlearn.checks import SIZES, checked, count, instance, number, optional, require_that
 from convexlearn.errors import OptionError, ShapeError
 from convexlearn.inputs import as_floating
 from convexlearn.randomness import as_generator
@@ -27,7 +27,7 @@ class StackedLinear(nn.Module):
     torch.Size([5, 4, 7, 2])
     """
 
-    @checked(stack=count(), inputs=count(), outputs=count(), gain=number(least=0))
+    @checked(stack=count(), inputs=count(), outputs=count(), gain=optional(number(least=0)))
     def __init__(
         self,
         stack: int,
@@ -105,7 +105,8 @@ class SkipConnection(nn.Module):
     True
     """
 
-    def __init__(self, linear: StackedLinear, network: nn.Module) -> None:
+    @checked(linear=instance(nn.Module, "a module"), network=instance(nn.Module, "a module"))
+    def __init__(self, linear: nn.Module, network: nn.Module) -> None:
         super().__init__()
         self.linear, self.network = linear, network
 

@@ -74,10 +74,12 @@ def test_wrong_arguments_are_refused():
     x, labels = draw()
     with pytest.raises(ShapeError, match=r"got \(3, 200, 2\) and \(200,\)"):
         softmax_regression(x, labels[0], 4)
-    with pytest.raises(OptionError, match=r"labels must be in 0, ..., 2, got \[0, 1, 2, 3\]"):
+    with pytest.raises(OptionError, match=r"labels must be integers in 0, ..., 2, got \[0, 1, 2, 3\]"):
         softmax_regression(x, labels, 3)
-    with pytest.raises(OptionError, match="penalty must be positive"):
+    with pytest.raises(OptionError, match="penalty must be a number above 0"):
         softmax_regression(x, labels, 4, penalty=0.0)
+    with pytest.raises(OptionError, match="labels must be integers"):
+        softmax_regression(x, labels / 2, 4)
     x[1, 0, 0] = torch.nan
     with pytest.raises(SolverError, match="data sets 1; raise penalty"):
         softmax_regression(x, labels, 4)
