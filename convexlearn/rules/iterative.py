@@ -255,6 +255,7 @@ class Converged(IterativeRule):
     def solve(self, *x: Tensor) -> Convergence:
         """Decision and, for each sample, whether and how it converged."""
         iteration = self.iteration
+        x = tuple(p if isinstance(p, Tensor) else as_floating("x", p, "Converged: context") for p in x)
         live = self.bind(*x)
         wants = torch.is_grad_enabled() and any(p.requires_grad for p in (*self.parameters(), *x))
         unroll = self.gradient == "unroll" and wants
