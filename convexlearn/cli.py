@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` defaults to the arguments of the process. Returns the exit code."""
     if not (sys.argv[1:] if argv is None else argv):
         parser().print_help(sys.stderr)
-        return MISUSE
+        raise SystemExit(MISUSE)
     arguments = parser().parse_args(argv)
     usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
