@@ -92,7 +92,8 @@ def test_help_of_every_command(capsys):
 
 
 def test_without_a_command_the_help_is_shown(capsys):
-    assert main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([])
     assert "first steps:" in capsys.readouterr().err
 
 
