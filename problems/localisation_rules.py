@@ -16,7 +16,7 @@ from convexlearn.iterations.proximal_gradient import FISTA
 from convexlearn.networks import ImageNetwork
 from convexlearn.problems.catalogue import Budget, Contender, Result
 from convexlearn.problems.fitting import Grid
-from convexlearn.problems.localisation import FACTOR, LEVELS, Optics, f1, peaks, spread_error
+from convexlearn.problems.localisation import FACTOR, LEVELS, Optics, f1, peaks, spread, spread_error
 from convexlearn.rules.base import DecisionRule
 from convexlearn.rules.iterative import Converged, Unfolded
 from convexlearn.rules.neural import NeuralRule
@@ -87,6 +87,24 @@ class Remainder(nn.Module):
         return s + change.reshape(B, FACTOR, FACTOR, h, w).permute(0, 3, 1, 4, 2).reshape(s.shape)
 
 
+class Scaled(nn.Module):
+    """gain * network(x), with the gain that brings the untrained network's pictures closest to those of `pairs`.
+
+    Intensities of the camera are hundreds of times those of the spread points; without it training only learns that.
+    """
+
+    def __init__(self, network: nn.Module, pairs: Pairs) -> None:
+        super().__init__()
+        self.network = network
+        with torch.no_grad():
+            drawn, true = (spread(picture) for picture in (network(pairs.x), torch.as_tensor(pairs.s)))
+        self.gain = nn.Parameter((drawn * true).sum() / drawn.square().sum())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures of the network's size."""
+        return self.gain * self.network(x)
+
+
 def unfold(parts: Split, optics: Optics, layers: int, **slots: Any) -> Unfolded:
     """FISTA's layers with convolutions for matrices (Example 17): at first exactly `layers` iterations of FISTA.
 
@@ -108,7 +126,7 @@ class Plan:
     layers: int
     rhos: Sequence[float]
     unfolded: int = 1200
-    network: int = 1500
+    network: int = 4500
     adapted: int = 300
     slots: Mapping[str, Any] = field(default_factory=dict)
 
@@ -137,7 +155,7 @@ def contenders(parts: Split, optics: Optics, data: Data, plan: Plan, seed: int) 
     def unfolded() -> Localiser:
         return Localiser(unfold(parts, optics, plan.layers, **plan.slots))
 
-    network = NeuralRule(ImageNetwork(width=32, depth=5, upsample=FACTOR, seed=seed))
+    network = NeuralRule(Scaled(ImageNetwork(width=32, depth=5, upsample=FACTOR, seed=seed), data.tuning))
     converged = Converged(FISTA(parts), learn=["rho"], tol=1e-3, max_iterations=2000)
     trained, few = unfolded(), data.tuning.subset(torch.arange(min(48, len(data.tuning))))
     entrants = {
@@ -145,7 +163,7 @@ def contenders(parts: Split, optics: Optics, data: Data, plan: Plan, seed: int) 
         "short FISTA": Contender(fista(plan.layers), search(data.tuning, plan.rhos)),
         "FISTA 100": Contender(fista(100), search(data.tuning, plan.rhos)),
         "FISTA converged": Contender(Localiser(converged), search(few, plan.rhos)),
-        "network": Contender(Localiser(network), descend(data.train, data.tuning, plan.network, {"": 2e-3})),
+        "network": Contender(Localiser(network), descend(data.train, data.tuning, plan.network, {"": 5e-3})),
         "unfolded": Contender(trained, descend(data.train, data.tuning, plan.unfolded, plan.rates)),
         "unfolded, adapted": Contender(
             unfolded(), descend(data.wide, data.wide_tuning, plan.adapted, plan.rates, source=trained)

@@ -10,13 +10,15 @@ from contracts import RuleContract
 
 from convexlearn.evaluate import evaluate
 from convexlearn.iterations.proximal_gradient import FISTA
+from convexlearn.networks import ImageNetwork
 from convexlearn.problems.catalogue import Budget
-from convexlearn.problems.localisation import LEVELS, Optics, Scenes, draw_image, f1, spread_error
+from convexlearn.problems.localisation import LEVELS, Optics, Scenes, draw_image, f1, spread, spread_error
 from convexlearn.problems.localisation_rules import (
     Data,
     Localiser,
     Plan,
     Remainder,
+    Scaled,
     contenders,
     declare,
     descend,
@@ -129,6 +131,19 @@ def test_training_lowers_the_loss_and_adapting_starts_from_the_source(declared):
     assert list(rules) == [
         "hand-set FISTA", "short FISTA", "FISTA 100", "FISTA converged", "network", "unfolded", "unfolded, adapted"
     ]  # fmt: skip
+
+
+def test_the_plain_network_starts_at_the_scale_of_the_points():
+    pairs = Pairs(*Points().draw(16, torch.Generator().manual_seed(5)))
+    network = ImageNetwork(upsample=4)
+    scaled = Scaled(network, pairs)
+
+    def error(gain):
+        return spread(gain * network(pairs.x) - pairs.s).square().sum().item()
+
+    gain = scaled.gain.item()
+    assert error(gain) < min(error(0.999 * gain), error(1.001 * gain))
+    assert torch.equal(scaled(pairs.x), scaled.gain * network(pairs.x))
 
 
 class TestLocaliser(RuleContract):
