@@ -114,7 +114,7 @@ def test_unknown_names_options_and_values_are_errors_that_suggest():
         entry.configure(crop=60)
     with pytest.raises(OptionError, match="stride must be 1, 2 or 4"):
         entry.configure(stride=3)
-    with pytest.raises(OptionError, match="steps must be at least 1"):
+    with pytest.raises(OptionError, match="steps must be an integer of at least 1"):
         entry.tune(steps=0)
     assert entry.configure(weights="no", crop="64", noise="0.5") == super_resolution.Setting(
         weights=False, crop=64, noise=0.5

@@ -261,8 +261,8 @@ def test_importing_loads_nothing_compiled():
     ("options", "message"),
     [
         ({"path": "shard"}, "did you mean 'shared'"),
-        ({"smoothing": -1.0}, "smoothing must be nonnegative, got -1.0"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"smoothing": -1.0}, "smoothing must be a number of at least 0, got -1.0"),
+        ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
     ],
 )
 def test_options_out_of_range(options, message):

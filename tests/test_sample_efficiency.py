@@ -61,7 +61,7 @@ def test_an_interrupted_fit_ends_the_curve():
 
 def test_tables_and_figures_show_the_rules_that_have_a_curve():
     entry = find("admm-recovery")
-    study = entry.build(0, entry.configure(curves=False, layers=1))
+    study = entry.build(0, entry.configure(curves=False, layers=2))
     found = {}
     for name in ("affine", "lambda, mu tuned"):
         found[name] = study.contenders[name].fit(study.contenders[name].rule, Budget(steps=2))

@@ -202,7 +202,7 @@ def test_limits_return_the_iterate():
     assert torch.isfinite(solution.x).all()
     late = solve(program, data, time_limit=1e-9)
     assert (late.status == Status.FAILED).all()
-    with pytest.raises(OptionError, match="threads must be at least 1"):
+    with pytest.raises(OptionError, match="threads must be an integer of at least 1"):
         SecondOrderOptions(threads=0)
 
 
