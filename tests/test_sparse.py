@@ -72,19 +72,16 @@ def test_ten_thousand_variables():
     given = values(parameters)
     leaves = [v.clone().requires_grad_() for v in given]
     layer.solve(*given)  # analyses the structure, once per layer
-    result, forward, theirs, ratio = None, np.inf, None, np.inf
-    for _ in range(3):  # in turns: on a shared machine the limit is what Clarabel needs by itself
-        result, own = timed(lambda: layer.solve(*leaves))
-        theirs, clarabel = timed(lambda: cvxpy_values(problem, outputs))
-        forward, ratio = min(forward, own), min(ratio, own / clarabel)
-    assert forward < 2 or ratio < 1.2
+    runs = [timed(lambda: layer.solve(*leaves)) for _ in range(5)]
+    result, forward = min(runs, key=lambda run: run[1])  # what neighbours on the machine add is not ours
+    assert forward < 2
     assert result.status == Status.SOLVED
     assert isinstance(result.solution.private.parts[0][2], sparse.SparsePart)
     assert result.residual < 1e-13
     _, backward = timed(weighted(result.variables).backward)
     assert backward < 1
-    for ours, other in zip(result.variables, theirs):
-        close(ours.detach(), other, 2e-5)  # what Clarabel attains; the residual above is ours
+    for ours, theirs in zip(result.variables, cvxpy_values(problem, outputs)):
+        close(ours.detach(), theirs, 2e-5)  # what Clarabel attains; the residual above is ours
     assert_directional(layer, given, 1e-7, 1e-5, warm=result)
 
 
